@@ -1,0 +1,53 @@
+"""Parameter-efficient fine-tuning and compression of vision backbones."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from peft_vision import errors as errors
+    from peft_vision.backbones import view as view
+    from peft_vision.compression import compress as compress
+    from peft_vision.cost import measure as measure
+    from peft_vision.evaluate import evaluate as evaluate
+    from peft_vision.export import export as export
+    from peft_vision.finetune import finetune as finetune
+    from peft_vision.loading import load as load
+    from peft_vision.method import names as methods
+    from peft_vision.recover import recover as recover
+    from peft_vision.sources import create_model as create_model
+    from peft_vision.wrapping import merge as merge
+    from peft_vision.wrapping import wrap as wrap
+
+_PUBLIC = {
+    "compress": ("peft_vision.compression", "compress"),
+    "create_model": ("peft_vision.sources", "create_model"),
+    "evaluate": ("peft_vision.evaluate", "evaluate"),
+    "export": ("peft_vision.export", "export"),
+    "finetune": ("peft_vision.finetune", "finetune"),
+    "load": ("peft_vision.loading", "load"),
+    "measure": ("peft_vision.cost", "measure"),
+    "merge": ("peft_vision.wrapping", "merge"),
+    "methods": ("peft_vision.method", "names"),
+    "recover": ("peft_vision.recover", "recover"),
+    "view": ("peft_vision.backbones", "view"),
+    "wrap": ("peft_vision.wrapping", "wrap"),
+}
+
+__all__ = ["__version__", "errors", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("peft_vision.errors")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'peft_vision' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,135 @@
+"""A model with adapters: a PeftModel that proves that every adapter trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peft_vision.artifact import ADAPTER, WEIGHTS, write_record, write_weights
+from peft_vision.backbones import view
+from peft_vision.cost import example_input_of, input_size, measure, twin
+from peft_vision.errors import GradientMissing
+from peft_vision.files import refuse_existing, staged_folder, writing
+from peft_vision.history import History
+
+
+class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
+    """A backbone with PEFT adapters; calls like the model that went in.
+
+    Attributes:
+        history: where it came from and what was done.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: peft.PeftConfig, history: History, **kwargs: Any
+    ) -> None:
+        super().__init__(model, config, **kwargs)
+        self.history = history
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The module inside, with its adapters in place."""
+        inner: nn.Module = self.base_model.model
+        return inner
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the adapter as a plain PEFT folder, with `peft_vision.json` and a model card.
+
+        Where the base's structure was changed too, its weights are saved beside the adapter.
+
+        Args:
+            save_directory: the folder.
+            overwrite: replace a folder that is there already.
+            kwargs: what PEFT takes; with any of them (as a Trainer passes for its checkpoints) the
+                files are put into the folder as it is.
+
+        Raises:
+            OutputExists: the folder holds something and `overwrite` is off.
+            CannotWrite: the disk is full; an older folder is intact.
+        """
+        folder = Path(save_directory)
+        if kwargs:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._write(folder, **kwargs)
+            return
+        refuse_existing(folder, overwrite=overwrite)
+        with staged_folder(folder, overwrite=overwrite) as stage:
+            self._write(stage)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+        """Save and upload; see `peft_vision.hub.push_model`."""
+        from peft_vision.hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
+
+    def _write(self, folder: Path, **kwargs: Any) -> None:
+        if not kwargs.get("is_main_process", True):
+            return
+        super().save_pretrained(str(folder), **kwargs)
+        if self.history.changed_structure:
+            write_weights(folder / WEIGHTS, self.plain_model.state_dict())
+        kind = "compressed" if self.history.changed_structure else "adapter"
+        write_record(folder, kind, self.history, self._cost(), self.plain_model)
+
+    def _cost(self) -> dict[str, Any] | None:
+        return measure(self.plain_model).to_json() if view(self.plain_model).input_size else None
+
+
+def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
+    """Put the adapter's tensors of a folder into `model`; every one has to find its place."""
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+    if result.unexpected_keys:
+        raise GradientMissing(f"Adapter tensors without a place: {result.unexpected_keys[:3]}.")
+
+
+def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | None = None) -> int:
+    """Prove that every adapter receives gradient, by a forward and backward pass on `meta`.
+
+    No memory is used and no number is read: what is shown is that each trainable tensor is part of
+    the computation. Some families read a linear's weight instead of calling it, and adapters on
+    them would be silent; trained parts beside them (a head) would still learn.
+
+    Returns:
+        How many trainable tensors were proven.
+
+    Raises:
+        GradientMissing: some are not reached, by name.
+    """
+    meta = twin(model.plain_model)
+    size = input_size(meta, image_size)
+    with torch.enable_grad():
+        total = _total(meta.train()(example_input_of(meta, size)))
+        total.backward()
+    wanted = [(n, p) for n, p in meta.named_parameters() if p.requires_grad]
+    silent = [name for name, p in wanted if p.grad is None]
+    if silent or not wanted:
+        raise GradientMissing(
+            f"{len(silent)} of {len(wanted)} trainable tensors would receive no gradient, first "
+            f"{', '.join(silent[:3]) or 'none'}. {type(model.plain_model).__name__} does not call "
+            "these layers in its forward pass; choose other targets."
+        )
+    return len(wanted)
+
+
+def _total(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.sum()
+    tensors = output.to_tuple() if hasattr(output, "to_tuple") else tuple(output)
+    parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack(parts).sum()
+
+
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    """The adapter layers inside a model."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

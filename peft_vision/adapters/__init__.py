@@ -1,0 +1,1 @@
+"""Methods that add trainable parameters and keep the function. One file per method."""

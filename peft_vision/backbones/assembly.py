@@ -1,0 +1,186 @@
+"""Sites from the parts of a transformer: what families share once they have named their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peft_vision.backbones.sites import (
+    BlockSite,
+    HeadsSite,
+    HiddenSite,
+    LayerSite,
+    Role,
+)
+from peft_vision.layers.attention import AttentionParts, OpenAttention
+from peft_vision.layers.block import BlockParts, attention_of
+from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.trunk import Trunk, blocks_in
+
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The sites of a list of blocks."""
+
+    blocks: tuple[BlockSite, ...]
+    linears: tuple[LayerSite, ...]
+    heads: tuple[HeadsSite, ...]
+    hidden: tuple[HiddenSite, ...]
+
+
+def assemble(container: nn.Module, parts: BlockParts, *, opens: bool = False) -> Assembly:
+    """Sites of the blocks in `container`, which may hold a Trunk by now.
+
+    Args:
+        container: the model's list of blocks.
+        parts: the names of a block's parts.
+        opens: removing heads needs the attention module opened (see `HeadsSite.opens`).
+    """
+    found = list(blocks_in(container))
+    blocks = [BlockSite(f"blocks.{i}", o, a, i) for i, (o, a, _) in enumerate(found)]
+    linears = [s for i, (_, _, block) in enumerate(found) for s in _linears(block, parts, i)]
+    heads = [
+        HeadsSite(
+            f"blocks.{i}.heads", block, parts.attention, parts.attention_parts, i, opens=opens
+        )
+        for i, (_, _, block) in enumerate(found)
+    ]
+    hidden = [
+        HiddenSite(f"blocks.{i}.hidden", block, parts.mlp, parts.mlp_parts, i)
+        for i, (_, _, block) in enumerate(found)
+    ]
+    return Assembly(tuple(blocks), tuple(linears), tuple(heads), tuple(hidden))
+
+
+def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerSite]:
+    attention: nn.Module = getattr(block, parts.attention)
+    if isinstance(attention, OpenAttention):
+        attention = attention.attention
+    mlp: nn.Module = getattr(block, parts.mlp)
+    roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
+    named: list[tuple[nn.Module, str, Role]] = [
+        (attention, name, role) for name, role in zip(parts.attention_parts.qkv, roles, strict=True)
+    ]
+    gate = parts.attention_parts.gate
+    if gate is not None and getattr(attention, gate) is not None:
+        named.append((attention, gate, "other"))
+    named.append((attention, parts.attention_parts.out, "out"))
+    ups: Sequence[Role] = ("gate", "up") if len(parts.mlp_parts.up) == 2 else ("up",)
+    named += [(mlp, name, role) for name, role in zip(parts.mlp_parts.up, ups, strict=True)]
+    named.append((mlp, parts.mlp_parts.down, "down"))
+    for owner, name, role in named:
+        label = name if role == "other" else role
+        yield LayerSite(f"blocks.{index}.{label}", owner, name, role, index)
+
+
+def find_blocks(model: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
+    """(owner, attribute) of the list whose members are all of class `kind`, or its Trunk."""
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            members = list(child.children())
+            if (
+                isinstance(child, nn.ModuleList)
+                and members
+                and all(type(member) in (kind, Trunk) for member in members)
+            ):
+                return owner, name
+    return None
+
+
+def lacking(container: nn.Module, parts: BlockParts) -> str:
+    """What some block lacks of the parts named, in words; empty when nothing is lacking.
+
+    Names change between versions of a library: what is not found is said, never guessed.
+    """
+    for _, _, block in blocks_in(container):
+        names = (parts.norm1, parts.attention, *parts.after1, parts.norm2, parts.mlp, *parts.after2)
+        if absent := _absent(block, names):
+            return absent
+        attention, mlp = attention_of(block, parts), getattr(block, parts.mlp)
+        absent = _absent(attention, _attention_names(parts.attention_parts)) or _absent(
+            mlp, _mlp_names(parts.mlp_parts)
+        )
+        if absent:
+            return absent
+    return ""
+
+
+def _attention_names(parts: AttentionParts) -> tuple[str, ...]:
+    always = (*parts.qkv, parts.out, parts.head_dim, *parts.heads, *parts.width)
+    norms = (parts.q_norm, parts.k_norm, parts.norm)
+    optional = (*norms, parts.gate, parts.dropout, parts.out_dropout)
+    return (*always, *(name for name in optional if name is not None))
+
+
+def _mlp_names(parts: MlpParts) -> tuple[str, ...]:
+    return (*parts.up, parts.down, *((parts.norm,) if parts.norm is not None else ()))
+
+
+def _absent(owner: nn.Module, names: Iterable[str]) -> str:
+    missing = [name for name in names if getattr(owner, name, ABSENT) is ABSENT]
+    return f"{type(owner).__name__} has no {', '.join(missing)}" if missing else ""
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """A linear, or a wrapper of somebody's around one."""
+    inner = _wrapped(layer)
+    return isinstance(layer, nn.Linear) or (inner is not None and is_linear(inner))
+
+
+def is_conv(layer: nn.Module) -> bool:
+    """A 2-d convolution, or a wrapper of somebody's around one."""
+    inner = _wrapped(layer)
+    return isinstance(layer, nn.Conv2d) or (inner is not None and is_conv(inner))
+
+
+def _wrapped(layer: nn.Module) -> nn.Module | None:
+    """What PEFT's wrappers keep of the layer that they took the place of."""
+    for name in ("base_layer", "original_module"):
+        inner = getattr(layer, name, None)
+        if isinstance(inner, nn.Module):
+            return inner
+    return None
+
+
+def layers_in(
+    owner: nn.Module, kind: Callable[[nn.Module], bool], key: str = "", role: Role = "other"
+) -> Iterator[LayerSite]:
+    """Sites of the layers below `owner` that `kind` accepts and that are called as modules.
+
+    nn.MultiheadAttention reads the weight of its `out_proj` instead of calling it; nothing below a
+    wrapped layer is a site of its own.
+    """
+    for name, child in owner.named_children():
+        label = f"{key}.{name}" if key else name
+        if kind(child):
+            if not isinstance(owner, nn.MultiheadAttention):
+                yield LayerSite(label, owner, name, role)
+        elif _wrapped(child) is None:
+            yield from layers_in(child, kind, label, role)
+
+
+def last_layers(owner: nn.Module, *names: str) -> tuple[LayerSite, ...]:
+    """Sites of those children of `owner` that hold parameters: its classifiers."""
+    children = dict(owner.named_children())
+    held = [n for n in names if n in children and any(True for _ in children[n].parameters())]
+    return tuple(LayerSite(name, owner, name, "other") for name in held)
+
+
+def bypasses_in(model: nn.Module) -> tuple[tuple[nn.Module, str, object], ...]:
+    """Attention modules that read their linear's weight unless told to add the biases apart."""
+    name = "qkv_bias_separate"
+    return tuple(
+        (module, name, True) for module in model.modules() if getattr(module, name, None) is False
+    )
+
+
+def size_in_config(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width in a transformers vision configuration."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return (int(config.num_channels), int(height), int(width))

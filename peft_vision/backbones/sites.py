@@ -1,0 +1,277 @@
+"""A backbone seen as sites: named places where a method may act.
+
+A site is (owner module, attribute), never a dotted path: a path breaks when a block is re-housed. It
+holds no closure: a deep copy's closure would edit the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.errors import UnsupportedSite
+from peft_vision.layers import attention as attention_layer
+from peft_vision.layers import mlp as mlp_layer
+from peft_vision.layers.attention import AttentionParts, OpenAttention
+from peft_vision.layers.block import BlockParts
+from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.surgery import weight_of
+from peft_vision.layers.trunk import Trunk, trunk_in
+
+Role = Literal["q", "k", "v", "qkv", "out", "gate", "up", "down", "patch", "pool", "other"]
+Pooling = Literal["class", "average", "attention", "class+average", "none", "other"]
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """A linear or a convolution that an adapter or a decomposition may act on.
+
+    Attributes:
+        key: stable label, e.g. ``blocks.3.q``.
+        role: what the layer does in its block.
+        block: depth of the block it belongs to, or None.
+    """
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    role: Role
+    block: int | None = None
+
+    @property
+    def layer(self) -> nn.Module:
+        """The layer as it is now."""
+        return getattr(self.owner, self.attribute)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class HeadsSite:
+    """The heads of one attention module.
+
+    Attributes:
+        owner: the block; `attribute` names its attention module.
+        opens: the family's own forward breaks when heads are removed, so the module is opened.
+    """
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    parts: AttentionParts
+    block: int
+    opens: bool = False
+
+    @property
+    def attention(self) -> nn.Module:
+        """The family's attention module."""
+        module: nn.Module = getattr(self.owner, self.attribute)
+        return module.attention if isinstance(module, OpenAttention) else module
+
+    @property
+    def count(self) -> int:
+        """How many heads there are now."""
+        return attention_layer.head_count(self.attention, self.parts)
+
+    def weights(self) -> list[Tensor]:
+        """Every weight that belongs to a head, one row per head: tensors of H x anything."""
+        module, count = self.attention, self.count
+        found = []
+        for name in self.parts.qkv:
+            weight = weight_of(getattr(module, name))
+            pieces = weight.chunk(3) if len(self.parts.qkv) == 1 else (weight,)
+            found += [piece.reshape(count, -1) for piece in pieces]
+        out = weight_of(getattr(module, self.parts.out))
+        return [*found, out.t().reshape(count, -1)]
+
+    def keep(self, heads: Sequence[int]) -> None:
+        """Keep these heads, in place.
+
+        Raises:
+            UnsupportedSite: none would be left, or a layer has no rule.
+        """
+        if not heads:
+            raise UnsupportedSite(f"{self.key}: at least one head has to stay.")
+        attention_layer.keep_heads(self.attention, self.parts, heads)
+        if self.opens and not isinstance(getattr(self.owner, self.attribute), OpenAttention):
+            setattr(self.owner, self.attribute, OpenAttention(self.attention, self.parts))
+
+
+@dataclass(frozen=True)
+class HiddenSite:
+    """The hidden units of one MLP."""
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    parts: MlpParts
+    block: int
+
+    @property
+    def mlp(self) -> nn.Module:
+        """The MLP module."""
+        return getattr(self.owner, self.attribute)  # type: ignore[no-any-return]
+
+    @property
+    def count(self) -> int:
+        """How many units there are now."""
+        return mlp_layer.unit_count(self.mlp, self.parts)
+
+    def weights(self) -> list[Tensor]:
+        """Every weight that belongs to a unit, one row per unit: tensors of U x anything."""
+        found = []
+        for name in self.parts.up:
+            found += list(weight_of(getattr(self.mlp, name)).chunk(self.parts.packed))
+        return [*found, weight_of(getattr(self.mlp, self.parts.down)).t()]
+
+    def keep(self, units: Sequence[int]) -> None:
+        """Keep these units, in place.
+
+        Raises:
+            UnsupportedSite: none would be left, or a layer has no rule.
+        """
+        if not units:
+            raise UnsupportedSite(f"{self.key}: at least one hidden unit has to stay.")
+        mlp_layer.keep_units(self.mlp, self.parts, units)
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """One residual block and where it lives."""
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    index: int
+
+    @property
+    def block(self) -> nn.Module:
+        """The block as it is now."""
+        return getattr(self.owner, self.attribute)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class TokensSite:
+    """The token stream: what comes first in it, how it is pooled, and the list of its blocks.
+
+    Attributes:
+        owner: the module that holds the list of blocks under `attribute`.
+        parts: how to open a block.
+        class_tokens: 1 when there is a class token, first in the sequence.
+        distillation_tokens: 1 for distilled DeiT.
+        register_tokens: registers after them; never scored, never dropped.
+        pooling: what the head reads.
+    """
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    parts: BlockParts
+    class_tokens: int
+    distillation_tokens: int = 0
+    register_tokens: int = 0
+    pooling: Pooling = "class"
+
+    @property
+    def prefix(self) -> int:
+        """How many tokens come before the patches."""
+        return self.class_tokens + self.distillation_tokens + self.register_tokens
+
+    def trunk_if_any(self) -> Trunk | None:
+        """The Trunk that is in place already, if one is."""
+        return trunk_in(getattr(self.owner, self.attribute))
+
+    def trunk(self) -> Trunk:
+        """The blocks as one Trunk, put in place of the model's list on first use."""
+        container: nn.Module = getattr(self.owner, self.attribute)
+        present = self.trunk_if_any()
+        if present is not None:
+            return present
+        trunk = Trunk(list(container.children()), self.parts, self.prefix)
+        setattr(self.owner, self.attribute, type(container)(*_as_arguments(container, trunk)))
+        return trunk
+
+
+def _as_arguments(container: nn.Module, trunk: Trunk) -> tuple[object, ...]:
+    return (trunk,) if isinstance(container, nn.Sequential) else ([trunk],)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model seen as sites.
+
+    Attributes:
+        family: stem of the file that understood the model.
+        input_size: channels, height, width of the images, where the model says so.
+        missing: kind of site -> why this model has none, in words.
+        classifier: the last layer (or layers), trained with an adapter, never wrapped by one.
+        bypasses: (module, attribute, value) to set so that every linear is called: some families
+            read a linear's weight instead, and an adapter on it would never train.
+    """
+
+    model: nn.Module
+    family: str
+    input_size: tuple[int, int, int] | None = None
+    blocks: tuple[BlockSite, ...] = ()
+    linears: tuple[LayerSite, ...] = ()
+    convs: tuple[LayerSite, ...] = ()
+    heads: tuple[HeadsSite, ...] = ()
+    hidden: tuple[HiddenSite, ...] = ()
+    tokens: TokensSite | None = None
+    classifier: tuple[LayerSite, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    bypasses: tuple[tuple[nn.Module, str, object], ...] = ()
+
+    def call_every_linear(self) -> None:
+        """Make the model call its linears where it would read their weights; same outputs."""
+        for module, attribute, value in self.bypasses:
+            setattr(module, attribute, value)
+
+    def require(self, *kinds: str) -> None:
+        """Refuse by name what cannot be done.
+
+        Args:
+            kinds: of "blocks", "linears", "convs", "heads", "hidden", "tokens".
+
+        Raises:
+            UnsupportedSite: the model has no site of that kind, with the reason.
+        """
+        for kind in kinds:
+            if not getattr(self, kind):
+                why = self.missing.get(kind, f"the {self.family} view finds none")
+                raise UnsupportedSite(f"{type(self.model).__name__} has no {kind}: {why}.")
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Recompute activations in the backward pass, block by block.
+
+        Raises:
+            UnsupportedSite: the model has no blocks that can be recomputed.
+        """
+        trunk = next((m for m in self.model.modules() if isinstance(m, Trunk)), None)
+        if trunk is not None:
+            trunk.checkpointing = on
+            return
+        for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+            switch = getattr(self.model, name, None)
+            if switch is not None:
+                _switch(self.model, name, on)
+                return
+        raise UnsupportedSite(
+            f"{type(self.model).__name__} offers no gradient checkpointing of its own."
+        )
+
+
+def _switch(model: nn.Module, name: str, on: bool) -> None:
+    if name == "set_grad_checkpointing":
+        getattr(model, name)(on)
+    elif on:
+        getattr(model, name)(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,312 @@
+"""`compress`: a smaller model that meets a stated budget, proven by counting it again."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_vision.backbones import view
+from peft_vision.backbones.sites import device_of
+from peft_vision.budget import Budget, Quantity, parse_one
+from peft_vision.compressed import CompressedModel
+from peft_vision.cost import Cost, count_flops, example_input, input_size, measure, time_on, twin
+from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedSite
+from peft_vision.history import History, fingerprint, unwrap
+from peft_vision.method import Adapter, Evidence, Method, make
+from peft_vision.plan import Decisions, Plan, Step
+from peft_vision.presets import expand
+from peft_vision.search import Found, in_band, search
+from peft_vision.wrapping import is_adapted, merge, method_name
+
+DEFAULT = "balanced"
+
+
+@dataclass
+class Result:
+    """What `compress` returns.
+
+    Attributes:
+        model: the compressed model; the model that went in is untouched.
+        before: cost of the model that went in. `cost`: of the result, counted after it was built.
+        budget: what was asked. `limit`: the absolute figure. `got`: what the result costs in it.
+        plan: what was decided.
+        seconds: how long the search took. `tried`: how many candidates were priced.
+        notes: what a user should know (methods left out, for instance).
+        kinds: heads and hidden units of the model that went in.
+    """
+
+    model: CompressedModel
+    before: Cost
+    cost: Cost
+    budget: Budget
+    limit: float
+    got: float
+    plan: Plan
+    seconds: float
+    tried: int
+    notes: list[str] = field(default_factory=list)
+    kinds: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """What the result costs as a share of the model that went in (FLOPs or parameters)."""
+        if self.budget.quantity == "params":
+            return self.cost.params / self.before.params
+        return self.cost.flops / self.before.flops
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Rows of (quantity, before, after)."""
+        before, after = view(unwrap(self.model)), self.cost
+        return [
+            ("GMACs", f"{self.before.gmacs:.4f}", f"{after.gmacs:.4f}"),
+            ("parameters", f"{self.before.params:,}", f"{after.params:,}"),
+            ("bytes", f"{self.before.bytes:,}", f"{after.bytes:,}"),
+            *[
+                (kind, str(self.kinds[kind]), str(_members(before, kind)))
+                for kind in ("heads", "hidden")
+                if kind in self.kinds
+            ],
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """Asked and got, as plain JSON."""
+        return {
+            "quantity": self.budget.quantity,
+            "asked": self.budget.asked,
+            "limit": self.limit,
+            "got": self.got,
+            "share_of_limit": self.got / self.limit,
+            "before": self.before.to_json(),
+            "after": self.cost.to_json(),
+            "seconds": self.seconds,
+            "tried": self.tried,
+            "notes": self.notes,
+        }
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Save the model, and prove the budget on what was saved.
+
+        Raises:
+            OutputExists, CannotWrite: see `CompressedModel.save_pretrained`.
+            BudgetUnreachable: the reloaded model does not cost what was counted.
+        """
+        from peft_vision.loading import load
+
+        self.model.save_pretrained(folder, overwrite=overwrite)
+        if self.budget.quantity == "latency_ms" or self.model.history.source is None:
+            return
+        again = measure(load(folder))
+        if (again.flops, again.params) != (self.cost.flops, self.cost.params):
+            raise BudgetUnreachable(
+                f"{folder} reloads as {again}, but {self.cost} was counted before saving."
+            )
+
+
+def compress(
+    model: nn.Module,
+    *,
+    target_flops: str | float | None = None,
+    target_params: str | float | None = None,
+    target_latency_ms: str | float | None = None,
+    methods: str | Method | Sequence[str | Method] | None = None,
+    data: Any = None,
+    image_size: tuple[int, int] | int | None = None,
+    batch_size: int = 1,
+) -> Result:
+    """Make a model physically smaller and faster, to a budget.
+
+    Args:
+        model: a backbone, wrapped or plain; adapters are merged first. It is not changed.
+        target_flops: at most this: a ratio in (0, 1], or FLOPs such as ``1.8G`` or ``0.9GMACs``.
+        target_params: a ratio or a count such as ``9M``.
+        target_latency_ms: milliseconds per batch of `batch_size`, on the device the model is on.
+        methods: names, presets or Method objects; by default the preset "balanced".
+        data: (images, labels) batches for methods that decide by data.
+        image_size: for models that do not say theirs.
+
+    Returns:
+        A model in (0.98, 1.00] of the budget.
+
+    Raises:
+        BadBudget: the budget cannot be read, or not exactly one was given.
+        BudgetUnreachable: no plan of these methods lies in the band; with the nearest figures.
+        UnsupportedSite: a method named cannot act on this backbone.
+    """
+    start = time.perf_counter()
+    budget = parse_one(target_flops, target_params, target_latency_ms)
+    history = History.of(model)
+    base = unwrap(merge(model)) if is_adapted(model) else unwrap(model)
+    history = history.without_adapters()
+    before = measure(base, image_size)
+    history.before = history.before or before.to_json()
+    history.fingerprint = history.fingerprint or fingerprint(base)
+    chosen, notes = _usable(base, _resolve(methods), budget.quantity, explicit=methods is not None)
+    pricing = _Pricing(base, chosen, budget.quantity, image_size, batch_size)
+    limit = budget.limit(pricing.base_cost(before))
+    found = search(_decider(base, chosen, Evidence(data)), pricing, limit)
+    _require(found, budget, limit, pricing.base_cost(before), chosen)
+    smaller = copy.deepcopy(base)
+    steps = apply_steps(smaller, chosen, found)
+    history = history.then(*steps)
+    cost = measure(smaller, image_size)
+    got = pricing.again(smaller, found.cost, cost)
+    if not in_band(got, limit):
+        raise BudgetUnreachable(_message(budget, limit, got, found, chosen))
+    return Result(
+        model=CompressedModel(smaller, history),
+        before=before,
+        cost=cost,
+        budget=budget,
+        limit=limit,
+        got=got,
+        plan=history.plan,
+        seconds=time.perf_counter() - start,
+        tried=found.tried,
+        notes=notes,
+        kinds={k: _members(view(base), k) for k in ("heads", "hidden") if getattr(view(base), k)},
+    )
+
+
+def apply_steps(model: nn.Module, methods: Sequence[Method], found: Found) -> list[Step]:
+    """Apply what was found, in place; the steps for the plan."""
+    steps = []
+    for method, decisions in zip(methods, found.decisions, strict=True):
+        if decisions:
+            method.apply(view(model), decisions)
+            steps.append(Step(method_name(method), method.settings(), found.strength, decisions))
+    return steps
+
+
+class _Pricing:
+    """What a candidate costs: counted on a twin, or timed on the device."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        methods: Sequence[Method],
+        quantity: Quantity,
+        image_size: tuple[int, int] | int | None,
+        batch_size: int,
+    ) -> None:
+        self.base = base
+        self.methods = methods
+        self.quantity = quantity
+        self.size = input_size(base, image_size)
+        self.empty = twin(base)
+        self.batch_size = batch_size
+
+    def base_cost(self, before: Cost) -> float:
+        return float(before.params if self.quantity == "params" else before.flops)
+
+    def __call__(self, decisions: list[Decisions]) -> float:
+        candidate = copy.deepcopy(self.base if self.quantity == "latency_ms" else self.empty)
+        for method, decided in zip(self.methods, decisions, strict=True):
+            if decided:
+                method.apply(view(candidate), decided)
+        if self.quantity == "params":
+            return float(sum(p.numel() for p in candidate.parameters()))
+        if self.quantity == "flops":
+            return float(count_flops(candidate, self.size))
+        return self._time(candidate)
+
+    def again(self, built: nn.Module, found: float, cost: Cost) -> float:
+        """The cost of the model that was built."""
+        if self.quantity == "latency_ms":
+            return found
+        return float(cost.params if self.quantity == "params" else cost.flops)
+
+    def _time(self, candidate: nn.Module) -> float:
+        images = example_input(self.base, self.size[1:], self.batch_size)
+        calls = 20 if device_of(self.base).type == "cuda" else 1
+        return time_on({"it": candidate}, images, rounds=9, calls=calls)["it"].median
+
+
+def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> Any:
+    backbone = view(base)
+
+    def decide(strength: float) -> list[Decisions]:
+        with torch.no_grad():
+            return [method.decide(backbone, strength, evidence) for method in methods]
+
+    return decide
+
+
+def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
+    listed = [methods] if isinstance(methods, str | Method) else list(methods or [DEFAULT])
+    if not listed:
+        raise BadSetting("methods is empty; name at least one.")
+    found: list[Method] = []
+    for entry in listed:
+        found += (
+            [entry] if isinstance(entry, Method) else [make(n, settings) for n, settings in expand(entry)]
+        )
+    return sorted(found, key=lambda method: method.stage)
+
+
+def _usable(
+    base: nn.Module, methods: list[Method], quantity: Quantity, *, explicit: bool
+) -> tuple[list[Method], list[str]]:
+    """The methods that can act here and help; by default others are left out with a note."""
+    backbone, kept, notes = view(base), [], []
+    for method in methods:
+        name = method_name(method)
+        if isinstance(method, Adapter) or quantity not in method.reduces:
+            notes.append(f"{name} was left out: it does not reduce {quantity}.")
+            continue
+        try:
+            method.decide(backbone, method.strength or 0.5, Evidence())
+        except UnsupportedSite as error:
+            if explicit:
+                raise
+            notes.append(f"{name} was left out: {error}")
+            continue
+        kept.append(method)
+    if not kept:
+        raise UnsupportedSite("No method can act on this model. " + " ".join(notes))
+    return kept, notes
+
+
+def _require(
+    found: Found, budget: Budget, limit: float, base: float, methods: Sequence[Method]
+) -> None:
+    if not in_band(found.cost, limit) and not (found.strength == 0.0 and budget.relative):
+        raise BudgetUnreachable(_message(budget, limit, base, found, methods))
+
+
+def _message(
+    budget: Budget, limit: float, base: float, found: Found, methods: Sequence[Method]
+) -> str:
+    names = ", ".join(method_name(method) for method in methods)
+    say = _speaker(budget, base)
+    asked = f"{budget.quantity} of at most {say(limit)} was asked (target {budget.asked})"
+    if found.smallest > limit:
+        return f"{asked}; the smallest that {names} can reach on this model is {say(found.smallest)}."
+    if found.strength == 0.0:
+        return f"{asked}; the model meets it as it is, at {say(found.cost)}. Nothing was removed."
+    return (
+        f"{asked}; with {names} the nearest below is {say(found.cost)}, which is under 98 % of it: "
+        f"the steps are too coarse. Add a method that acts on finer sites; the smallest reachable is "
+        f"{say(found.smallest)}."
+    )
+
+
+def _speaker(budget: Budget, base: float) -> Any:
+    def say(value: float) -> str:
+        if budget.quantity == "latency_ms":
+            return f"{value:.3f} ms"
+        if budget.quantity == "params":
+            return f"{value / 1e6:.4f} M ({value / base:.4f} of the model)"
+        return f"{value / 2e9:.4f} GMACs ({value / base:.4f} of the model)"
+
+    return say
+
+
+def _members(backbone: Any, kind: str) -> int:
+    return sum(site.count for site in getattr(backbone, kind))

@@ -1,0 +1,1 @@
+"""nn.Modules and layer rules that two or more methods use."""

@@ -1,0 +1,156 @@
+"""Multi-head self-attention as named parts of somebody's module.
+
+A family says once what its attention module calls things (`AttentionParts`); everything here reads
+those names. Tensors: ``x`` is B N C, heads are B H N D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_vision.layers.surgery import keep_features, keep_inputs, keep_outputs, select_parameter
+
+Rotate = Callable[[nn.Module, Tensor, Any], Tensor]
+"""(attention module, B H N D queries or keys, the family's rope) -> rotated; prefix tokens stay."""
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """The names of the parts of an attention module. Plain data and module-level functions only.
+
+    Attributes:
+        qkv: one fused linear, or the three of queries, keys and values.
+        out: the output projection.
+        biases: separate query, key and value biases beside a fused linear without bias.
+        q_norm: norm over head_dim on queries, if any; `k_norm` on keys.
+        norm: norm over all heads' outputs before `out`, if any.
+        gate: linear whose sigmoid multiplies the heads' outputs before `out`, if any.
+        heads: attributes that hold the number of heads.
+        width: attributes that hold heads x head_dim.
+        dropout: Dropout module, or attribute holding the probability, on the attention weights.
+        out_dropout: Dropout module after `out`, if any.
+        rotate: applies rotary positions to queries or keys, for families that have them.
+        replies: how many values the module returns (transformers: output and weights).
+    """
+
+    qkv: tuple[str, ...]
+    out: str
+    head_dim: str = "head_dim"
+    biases: tuple[str, str, str] | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    norm: str | None = None
+    gate: str | None = None
+    heads: tuple[str, ...] = ()
+    width: tuple[str, ...] = ()
+    dropout: str | None = None
+    out_dropout: str | None = None
+    rotate: Rotate | None = None
+    replies: int = 1
+
+
+def head_dim(attention: nn.Module, parts: AttentionParts) -> int:
+    """Width of one head."""
+    return int(getattr(attention, parts.head_dim))
+
+
+def head_count(attention: nn.Module, parts: AttentionParts) -> int:
+    """How many heads there are now, read from the output projection."""
+    return int(getattr(attention, parts.out).in_features) // head_dim(attention, parts)
+
+
+def project(
+    attention: nn.Module, parts: AttentionParts, x: Tensor, rope: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, normed and rotated: three of B H N D."""
+    width = head_dim(attention, parts)
+    projected = [getattr(attention, name)(x) for name in parts.qkv]
+    if parts.biases is not None:
+        bias = [getattr(attention, name) for name in parts.biases]
+        if bias[0] is not None:
+            projected = [projected[0] + torch.cat(bias)]
+    thirds = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
+    q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in thirds)
+    if parts.q_norm is not None:
+        q = getattr(attention, parts.q_norm)(q)
+    if parts.k_norm is not None:
+        k = getattr(attention, parts.k_norm)(k)
+    if parts.rotate is not None and rope is not None:
+        q, k = parts.rotate(attention, q, rope), parts.rotate(attention, k, rope)
+        q, k = q.type_as(v), k.type_as(v)
+    return q, k, v
+
+
+def attend(
+    attention: nn.Module, parts: AttentionParts, q: Tensor, k: Tensor, v: Tensor, **masks: Any
+) -> Tensor:
+    """Attention by the fused kernel, which takes `masks` (attn_mask, is_causal): B H N D."""
+    probability = _dropout(attention, parts) if attention.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **masks)
+
+
+def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor) -> Tensor:
+    """From the heads' outputs (B H N D) to the branch's output (B N C)."""
+    y = heads.transpose(1, 2).flatten(2)
+    if parts.norm is not None:
+        y = getattr(attention, parts.norm)(y)
+    if parts.gate is not None and getattr(attention, parts.gate) is not None:
+        y = y * getattr(attention, parts.gate)(x).sigmoid()
+    y = getattr(attention, parts.out)(y)
+    return getattr(attention, parts.out_dropout)(y) if parts.out_dropout is not None else y
+
+
+def keep_heads(attention: nn.Module, parts: AttentionParts, heads: Sequence[int]) -> None:
+    """Keep whole heads, in place; the width of a head and the softmax scale stay."""
+    width, count = head_dim(attention, parts), head_count(attention, parts)
+    rows = [head * width + i for head in heads for i in range(width)]
+    if len(parts.qkv) == 1:
+        full = count * width
+        fused = [third * full + row for third in range(3) for row in rows]
+        keep_outputs(getattr(attention, parts.qkv[0]), fused)
+    else:
+        for name in parts.qkv:
+            keep_outputs(getattr(attention, name), rows)
+    for name in parts.biases or ():
+        if getattr(attention, name) is not None:
+            select_parameter(attention, name, rows)
+    if parts.norm is not None:
+        keep_features(getattr(attention, parts.norm), rows)
+    if parts.gate is not None and getattr(attention, parts.gate) is not None:
+        keep_outputs(getattr(attention, parts.gate), rows)
+    keep_inputs(getattr(attention, parts.out), rows)
+    for name in parts.heads:
+        setattr(attention, name, len(heads))
+    for name in parts.width:
+        setattr(attention, name, len(rows))
+
+
+def _dropout(attention: nn.Module, parts: AttentionParts) -> float:
+    if parts.dropout is None:
+        return 0.0
+    value = getattr(attention, parts.dropout)
+    return float(value.p if isinstance(value, nn.Dropout) else value)
+
+
+class OpenAttention(nn.Module):
+    """Somebody's attention module, computed from its parts.
+
+    For families whose own forward assumes that heads x head_dim equals the width of the stream, and
+    therefore breaks when heads are removed. Input B N C; returns what the family's module returns.
+    """
+
+    def __init__(self, attention: nn.Module, parts: AttentionParts) -> None:
+        super().__init__()
+        self.attention = attention
+        self.parts = parts
+
+    def forward(self, x: Tensor, rope: Any = None, **masks: Any) -> Tensor:
+        q, k, v = project(self.attention, self.parts, x, rope)
+        heads = attend(self.attention, self.parts, q, k, v, **masks)
+        return finish(self.attention, self.parts, heads, x)

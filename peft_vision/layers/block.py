@@ -1,0 +1,86 @@
+"""A pre-norm residual block as named parts, run half by half.
+
+``x -> x + after1(attention(norm1(x)))`` and then ``x -> x + after2(mlp(norm2(x)))``; x is B N C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_vision.errors import UnsupportedSite
+from peft_vision.layers.attention import AttentionParts, OpenAttention, attend, finish, project
+from peft_vision.layers.mlp import MlpParts
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """The names of the parts of a block, and of the arguments that its forward takes.
+
+    Attributes:
+        after1: what the attention branch passes through before it is added: modules are called,
+            parameters multiply (LayerScale), absent ones (None) are skipped; `after2` likewise.
+        mask: keyword of the attention mask, also accepted as the first positional argument.
+        rope: keyword of the rotary positions, for families that have them.
+    """
+
+    norm1: str
+    attention: str
+    after1: tuple[str, ...]
+    norm2: str
+    mlp: str
+    after2: tuple[str, ...]
+    attention_parts: AttentionParts
+    mlp_parts: MlpParts
+    mask: str = "attn_mask"
+    rope: str | None = None
+
+
+def attention_of(block: nn.Module, parts: BlockParts) -> nn.Module:
+    """The family's own attention module, also where it has been opened."""
+    attention: nn.Module = getattr(block, parts.attention)
+    return attention.attention if isinstance(attention, OpenAttention) else attention
+
+
+def attention_half(
+    block: nn.Module, parts: BlockParts, x: Tensor, rope: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention branch: the stream after it (B N C), and its queries and keys (B H N D)."""
+    attention = attention_of(block, parts)
+    normed = getattr(block, parts.norm1)(x)
+    q, k, v = project(attention, parts.attention_parts, normed, rope)
+    heads = attend(attention, parts.attention_parts, q, k, v)
+    branch = finish(attention, parts.attention_parts, heads, normed)
+    return x + _through(block, parts.after1, branch), q, k
+
+
+def mlp_half(block: nn.Module, parts: BlockParts, x: Tensor) -> Tensor:
+    """The MLP branch added to the stream: B N C."""
+    branch = getattr(block, parts.mlp)(getattr(block, parts.norm2)(x))
+    return x + _through(block, parts.after2, branch)
+
+
+def refuse_mask(parts: BlockParts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A mask cannot follow tokens that are dropped.
+
+    Raises:
+        UnsupportedSite: a mask was passed.
+    """
+    masked = kwargs.get(parts.mask) is not None or (args and args[0] is not None)
+    if masked or kwargs.get("is_causal"):
+        raise UnsupportedSite(
+            "This model drops tokens inside and was called with an attention mask, which would not "
+            "follow them. Call it without a mask."
+        )
+
+
+def _through(block: nn.Module, names: tuple[str, ...], branch: Tensor) -> Tensor:
+    for name in names:
+        part = getattr(block, name)
+        if isinstance(part, nn.Module):
+            branch = part(branch)
+        elif part is not None:
+            branch = part * branch
+    return branch

@@ -1,0 +1,36 @@
+"""What a layer of ours may promise; found by type, never by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Temporary(ABC):
+    """A layer that lives only while a method is being trained."""
+
+    @abstractmethod
+    def settle(self) -> nn.Module:
+        """The layer that takes its place afterwards."""
+
+
+class Penalised(ABC):
+    """A layer that adds a term to the training loss."""
+
+    @abstractmethod
+    def penalty(self) -> Tensor:
+        """A scalar, already weighted."""
+
+
+class Foldable(ABC):
+    """A layer that can be folded into a plain one that computes the same."""
+
+    @abstractmethod
+    def fold(self) -> nn.Module:
+        """The plain layer."""
+
+
+def penalties(model: nn.Module) -> list[Tensor]:
+    """The penalties of all layers of `model` that have one."""
+    return [module.penalty() for module in model.modules() if isinstance(module, Penalised)]

@@ -1,0 +1,199 @@
+"""`load`: build the base again without weights, apply the same plan, load safetensors. One path."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peft_vision.artifact import ADAPTER, WEIGHTS, read_record
+from peft_vision.backbones import view
+from peft_vision.compressed import CompressedModel
+from peft_vision.errors import ArtifactError, DamagedArtifact, PeftVisionError, WrongBase
+from peft_vision.history import History, fingerprint
+from peft_vision.method import Adapter, Method, make
+from peft_vision.plan import Plan
+from peft_vision.sources import Spec, build, create_model
+from peft_vision.wrapping import adapt
+
+
+def load(
+    name: str | Path,
+    base: nn.Module | None = None,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Load a saved folder, or a repository of the Hub.
+
+    A compressed model comes back from the folder alone. An adapter needs its base: the one given, or
+    the one that the record names, whose weights have to be the same.
+
+    Args:
+        name: a folder, or ``user/repo``.
+        base: the base model (it is copied), for adapters, and for bases that no source can build.
+        revision: of the repository.
+        device: where to put the model.
+
+    Returns:
+        An AdaptedModel (a `peft.PeftModel`) or a CompressedModel, in evaluation mode.
+
+    Raises:
+        DamagedArtifact: files are missing, truncated or altered. NewerSchema: upgrade first.
+        WrongBase: the base given is not the one the artifact was made from.
+        ArtifactError: there is no such folder or repository, or the base cannot be had.
+    """
+    folder = _folder(name, revision)
+    content = read_record(folder)
+    history = _history(content)
+    if content.get("kind") == "adapter":
+        model = _load_adapter(folder, history, base)
+    else:
+        model = _load_compressed(folder, history, base)
+    return model.to(device).eval()
+
+
+def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """What a user calls a model: a saved folder, a repository ``user/repo``, or a source's name."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        loaded: nn.Module = load(path)
+        return loaded
+    if path.is_dir():
+        return create_model(f"transformers/{path}", pretrained=pretrained, **kwargs)
+    return create_model(name, pretrained=pretrained, **kwargs)
+
+
+def _folder(name: str | Path, revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    parts = str(name).split("/")
+    if len(parts) == 2 and all(parts) and not str(name).startswith((".", "/", "~")):
+        from peft_vision.hub import download
+
+        return download(str(name), revision=revision)
+    raise ArtifactError(
+        f"There is no folder {name}. Possible: a folder written by save_pretrained or by a "
+        "peft-vision command, or a repository user/repo."
+    )
+
+
+def _history(content: dict[str, Any]) -> History:
+    return History(
+        source=content.get("source"),
+        plan=Plan.from_json(content.get("plan") or {}),
+        fingerprint=content.get("fingerprint"),
+        before=(content.get("cost") or {}).get("before"),
+        metrics=dict(content.get("metrics") or {}),
+        labels=content.get("labels"),
+        preprocessing=content.get("preprocessing"),
+    )
+
+
+def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file():
+        raise DamagedArtifact(f"{folder} has no {WEIGHTS}. Other formats are never read.")
+    model = replay(_structure(history.source, base), history)
+    plain: nn.Module = model.plain_model  # type: ignore[assignment]
+    try:
+        plain.load_state_dict(load_file(folder / WEIGHTS), strict=True, assign=True)
+    except RuntimeError as error:
+        raise WrongBase(
+            f"The weights of {folder} do not fit the model that its record describes: "
+            f"{str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else error}"
+        ) from error
+    empty = [n for n, t in (*plain.named_parameters(), *plain.named_buffers()) if t.is_meta]
+    if empty:
+        raise DamagedArtifact(f"{folder} has no numbers for {', '.join(empty[:3])}.")
+    return model
+
+
+def replay(model: nn.Module, history: History) -> nn.Module:
+    """Apply a plan to a base without weights; the model comes back wrapped."""
+    so_far = History(**{**vars(history), "plan": Plan()})
+    wrapped: nn.Module | None = None
+    for step in history.plan.steps:
+        method = _method(step.method, dict(step.settings))
+        backbone = view(model)
+        so_far = so_far.then(step)
+        try:
+            method.apply(backbone, step.decisions)
+        except KeyError as error:
+            raise DamagedArtifact(f"The plan names a site {error} that the base lacks.") from error
+        if isinstance(method, Adapter):
+            wrapped = adapt(backbone, method, so_far, empty=True)
+    if wrapped is None:
+        return CompressedModel(model, history)
+    wrapped.history = history  # type: ignore[assignment]
+    return wrapped
+
+
+def _method(name: str, settings: dict[str, Any]) -> Method:
+    try:
+        return make(name, settings)
+    except PeftVisionError as error:
+        raise ArtifactError(
+            f"The plan uses a method that this installation lacks. {error} It may come from a newer "
+            "version or from another package."
+        ) from error
+
+
+def _structure(source: Spec | None, base: nn.Module | None) -> nn.Module:
+    if base is not None:
+        return copy.deepcopy(base)
+    if source is None:
+        raise WrongBase(
+            "The artifact's base is a module that no source can build again; pass it: "
+            "load(folder, base=your_dense_model)."
+        )
+    empty = build(source, device="meta")
+    # What a model computes in its constructor and does not save has to be computed here, too.
+    unsaved = any(module._non_persistent_buffers_set for module in empty.modules())  # noqa: SLF001
+    return build(source) if unsaved else empty
+
+
+def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
+    from peft_vision.adapted import load_adapter_weights
+
+    if not (folder / ADAPTER).is_file():
+        raise DamagedArtifact(f"{folder} has no {ADAPTER}. Other formats are never read.")
+    plain = copy.deepcopy(base) if base is not None else _pretrained(history)
+    skip = [site.layer for site in view(plain).classifier]
+    if history.fingerprint and fingerprint(plain, skip) != history.fingerprint:
+        raise WrongBase(
+            f"The base's weights are not those that {folder} was trained on"
+            + (f" ({history.source['source']}/{history.source['name']})" if history.source else "")
+            + ". Pass the right one: load(folder, base=model)."
+        )
+    model = replay_on(plain, history)
+    load_adapter_weights(model, folder)
+    return model
+
+
+def replay_on(model: nn.Module, history: History) -> Any:
+    """Put adapters onto a base that has its weights."""
+    steps, so_far = history.plan.steps, History(**{**vars(history), "plan": Plan()})
+    wrapped: Any = model
+    for step in steps:
+        method = _method(step.method, dict(step.settings))
+        if not isinstance(method, Adapter):
+            raise DamagedArtifact(f"An adapter folder holds a step of {step.method}.")
+        backbone = view(model)
+        so_far = so_far.then(step)
+        method.apply(backbone, step.decisions)
+        wrapped = adapt(backbone, method, so_far)
+    return wrapped
+
+
+def _pretrained(history: History) -> nn.Module:
+    if history.source is None:
+        raise WrongBase(
+            "The adapter's base is a module that no source can build; pass it: load(folder, base=...)."
+        )
+    return build(history.source, weights=True)

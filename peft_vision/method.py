@@ -1,0 +1,193 @@
+"""What a method is, and how one is found: a method is one file, its stem is its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from peft_vision.backbones.sites import Backbone
+from peft_vision.errors import BadSetting
+from peft_vision.lookup import nearest, stems, unknown
+from peft_vision.plan import Decisions
+
+if TYPE_CHECKING:
+    import peft
+
+FOLDERS = ("adapters", "pruners", "decomposers", "quantizers")
+ENTRY_POINTS = "peft_vision.methods"
+
+T = TypeVar("T")
+
+
+class Need(Enum):
+    """What a method needs in order to decide."""
+
+    NOTHING = "nothing"
+    DATA = "data"
+    TRAINING = "training"
+
+
+class Stage(IntEnum):
+    """When a method acts if several do."""
+
+    EXACT = 0
+    DEPTH = 1
+    WIDTH = 2
+    TOKENS = 3
+    ADAPT = 4
+    ROUTE = 5
+    QUANTIZE = 6
+
+
+@dataclass
+class Evidence:
+    """What a decision may look at besides the weights, and a memory for what is slow to compute.
+
+    Attributes:
+        batches: (images B 3 H W, labels B) pairs for methods that need data.
+    """
+
+    batches: Iterable[Any] | None = None
+    memory: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value computed on the first call with this key."""
+        if key not in self.memory:
+            self.memory[key] = compute()
+        result: T = self.memory[key]
+        return result
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A technique and its settings. Subclasses are frozen dataclasses; their fields are settings.
+
+    `decide` may look at weights and data and returns JSON per site. `apply` carries decisions out in
+    place; it reads no weight values, is deterministic and works on the `meta` device.
+    """
+
+    needs: ClassVar[Need] = Need.NOTHING
+    stage: ClassVar[Stage] = Stage.WIDTH
+    reduces: ClassVar[frozenset[str]] = frozenset()
+    """Which budgets it helps to meet: of "flops", "params", "latency_ms"."""
+
+    @property
+    def strength(self) -> float:
+        """How strongly `wrap` applies it, in [0, 1]; set by the settings."""
+        return 1.0
+
+    @abstractmethod
+    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
+        """Site -> decision. Strength is a global quantile in [0, 1]; 0 changes nothing.
+
+        Raises:
+            UnsupportedSite: the backbone lacks what the method acts on.
+        """
+
+    @abstractmethod
+    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
+        """Carry decisions out, in place.
+
+        Raises:
+            UnsupportedSite: a site of the plan does not exist, or a layer has no rule.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain JSON."""
+        return {
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
+            for f in dataclasses.fields(self)
+        }
+
+
+class Adapter(Method):
+    """A method that adds trainable parameters and keeps the function; carried out by PEFT."""
+
+    stage: ClassVar[Stage] = Stage.ADAPT
+
+    @abstractmethod
+    def config(self, backbone: Backbone, decisions: Decisions) -> peft.PeftConfig:
+        """PEFT's configuration for these decisions."""
+
+    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
+        """Prepare the backbone; the adapted model then injects `config`."""
+        backbone.call_every_linear()
+
+
+def names() -> list[str]:
+    """Every method there is, third parties' included, sorted."""
+    return sorted({*stems(*FOLDERS), *(point.name for point in _entry_points())})
+
+
+def find(name: str) -> type[Method]:
+    """The class of a method; only its own file is imported.
+
+    Raises:
+        UnknownName: there is no such method; the message offers the nearest.
+    """
+    folder = stems(*FOLDERS).get(name)
+    if folder is not None:
+        module = importlib.import_module(f"peft_vision.{folder}.{name}")
+        return _method_in(module.__name__, vars(module))
+    for point in _entry_points():
+        if point.name == name:
+            loaded: type[Method] = point.load()
+            return loaded
+    raise unknown("method", name, names())
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """A method with settings.
+
+    Raises:
+        UnknownName: there is no such method.
+        BadSetting: a setting does not exist or is out of range.
+
+    >>> make("magnitude", {"ratio": 0.5}).strength
+    0.5
+    """
+    cls, given = find(name), dict(settings or {})
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            near = nearest(key, known)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise BadSetting(
+                f"{name} has no setting {key!r}. {hint}Its settings: {', '.join(known) or 'none'}."
+            )
+    listed = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    try:
+        return cls(**listed)
+    except TypeError as error:
+        raise BadSetting(f"{name}: {error}.") from error
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a setting outside [low, high].
+
+    Raises:
+        BadSetting: it is.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise BadSetting(f"{name} is {value!r}; it has to be a number in [{low:g}, {high:g}].")
+
+
+def _method_in(module: str, namespace: Mapping[str, Any]) -> type[Method]:
+    found = [
+        value
+        for value in namespace.values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module
+    ]
+    if len(found) != 1:
+        raise AssertionError(f"{module} has to define exactly one Method, it defines {len(found)}")
+    return found[0]
+
+
+def _entry_points() -> list[Any]:
+    return list(entry_points(group=ENTRY_POINTS))

@@ -1,0 +1,1 @@
+"""Methods that remove heads, hidden units, branches or tokens. One file per method."""

@@ -1,0 +1,95 @@
+"""Magnitude pruning of heads and hidden units: the baseline that others have to beat.
+
+The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a time, so
+that the model becomes physically smaller. Nothing is compensated; recover by fine-tuning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
+from peft_vision.method import Evidence, Method, Stage, check_range
+from peft_vision.plan import Decisions, pack_indices, unpack_indices
+
+
+@dataclass(frozen=True)
+class Magnitude(Method):
+    """Remove the heads and hidden units with the smallest weights, ranked over the whole model.
+
+    Heads are ranked among heads and units among units (their scales differ); a score is the L2 norm
+    of everything that belongs to the unit, each matrix normalized by the mean over its block, so
+    that no block is emptied only because its weights are small. One of each stays in every block.
+    """
+
+    ratio: float = 0.3
+    """Share of the heads and of the units that `wrap` removes, in [0, 1]."""
+
+    heads: bool = True
+    """Remove attention heads."""
+
+    hidden: bool = True
+    """Remove MLP hidden units."""
+
+    stage: ClassVar[Stage] = Stage.WIDTH
+    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
+
+    def __post_init__(self) -> None:
+        check_range("ratio", self.ratio, 0.0, 1.0)
+
+    @property
+    def strength(self) -> float:
+        """The ratio."""
+        return self.ratio
+
+    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
+        """Per site, the members that stay, as a bit set."""
+        decisions: Decisions = {}
+        for kind, wanted in (("heads", self.heads), ("hidden", self.hidden)):
+            if not wanted:
+                continue
+            backbone.require(kind)
+            sites: Sequence[HeadsSite | HiddenSite] = getattr(backbone, kind)
+            scores = evidence.once(("magnitude", kind), lambda s=sites: [_score(x) for x in s])
+            for site, kept in zip(sites, _kept(scores, strength), strict=True):
+                if len(kept) < site.count:
+                    decisions[site.key] = pack_indices(kept, of=site.count)
+        return decisions
+
+    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
+        """Cut the members that go."""
+        sites = {site.key: site for site in (*backbone.heads, *backbone.hidden)}
+        for key, packed in decisions.items():
+            sites[key].keep(unpack_indices(packed))
+
+
+def _score(site: HeadsSite | HiddenSite) -> Tensor:
+    total = sum(
+        (w.double() ** 2).sum(1) / (w.double() ** 2).sum(1).mean().clamp_min(1e-30)
+        for w in site.weights()
+    )
+    return torch.as_tensor(total).cpu()
+
+
+def _kept(scores: Sequence[Tensor], strength: float) -> list[list[int]]:
+    """Members that stay, per site, when the lowest `strength` of all members go."""
+    removable = [_order(score)[:-1] for score in scores]
+    ranked = sorted(
+        (float(score[i]), site, int(i))
+        for site, (score, order) in enumerate(zip(scores, removable, strict=True))
+        for i in order
+    )
+    gone = {(site, i) for _, site, i in ranked[: math.floor(strength * len(ranked) + 1e-9)]}
+    return [
+        [i for i in range(len(score)) if (site, i) not in gone] for site, score in enumerate(scores)
+    ]
+
+
+def _order(score: Tensor) -> list[int]:
+    return [int(i) for i in torch.argsort(score, stable=True)]
