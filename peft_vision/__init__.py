@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from peft_vision.compression import compress as compress
     from peft_vision.cost import measure as measure
     from peft_vision.evaluate import evaluate as evaluate
-    from peft_vision.export import export as export
+    from peft_vision.exporting import export as export
     from peft_vision.finetune import finetune as finetune
     from peft_vision.loading import load as load
-    from peft_vision.method import names as methods
-    from peft_vision.recover import recover as recover
+    from peft_vision.method import names as methods  # noqa: F401
+    from peft_vision.recovery import recover as recover
     from peft_vision.sources import create_model as create_model
     from peft_vision.wrapping import merge as merge
     from peft_vision.wrapping import wrap as wrap
@@ -26,18 +26,18 @@ _PUBLIC = {
     "compress": ("peft_vision.compression", "compress"),
     "create_model": ("peft_vision.sources", "create_model"),
     "evaluate": ("peft_vision.evaluate", "evaluate"),
-    "export": ("peft_vision.export", "export"),
+    "export": ("peft_vision.exporting", "export"),
     "finetune": ("peft_vision.finetune", "finetune"),
     "load": ("peft_vision.loading", "load"),
     "measure": ("peft_vision.cost", "measure"),
     "merge": ("peft_vision.wrapping", "merge"),
     "methods": ("peft_vision.method", "names"),
-    "recover": ("peft_vision.recover", "recover"),
+    "recover": ("peft_vision.recovery", "recover"),
     "view": ("peft_vision.backbones", "view"),
     "wrap": ("peft_vision.wrapping", "wrap"),
 }
 
-__all__ = ["__version__", "errors", *_PUBLIC]
+__all__ = sorted(("__version__", "errors", *_PUBLIC))  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

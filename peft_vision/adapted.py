@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
-from peft_vision.artifact import ADAPTER, WEIGHTS, write_record, write_weights
+from peft_vision.artifact import ADAPTER, WEIGHTS, read_weights, write_record, write_weights
 from peft_vision.backbones import view
 from peft_vision.cost import example_input_of, input_size, measure, twin
-from peft_vision.errors import GradientMissing
+from peft_vision.errors import DamagedArtifact, GradientMissing
 from peft_vision.files import refuse_existing, staged_folder, writing
 from peft_vision.history import History
+from peft_vision.hub import push_model
 
 
-class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
+class AdaptedModel(peft.PeftModel):
     """A backbone with PEFT adapters; calls like the model that went in.
 
     Attributes:
@@ -28,7 +32,10 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
     def __init__(
         self, model: nn.Module, config: peft.PeftConfig, history: History, **kwargs: Any
     ) -> None:
-        super().__init__(model, config, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT still asks transformers models by the old name of their checkpointing switch.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            super().__init__(model, config, **kwargs)
         self.history = history
 
     @property
@@ -37,7 +44,7 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
         inner: nn.Module = self.base_model.model
         return inner
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any
     ) -> None:
         """Save the adapter as a plain PEFT folder, with `peft_vision.json` and a model card.
@@ -64,16 +71,15 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
         with staged_folder(folder, overwrite=overwrite) as stage:
             self._write(stage)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save and upload; see `peft_vision.hub.push_model`."""
-        from peft_vision.hub import push_model
-
         return push_model(self, repo_id, **kwargs)
 
     def _write(self, folder: Path, **kwargs: Any) -> None:
         if not kwargs.get("is_main_process", True):
             return
-        super().save_pretrained(str(folder), **kwargs)
+        # "auto" would ask the Hub for the base's vocabulary.
+        super().save_pretrained(str(folder), save_embedding_layers=False, **kwargs)
         if self.history.changed_structure:
             write_weights(folder / WEIGHTS, self.plain_model.state_dict())
         kind = "compressed" if self.history.changed_structure else "adapter"
@@ -85,32 +91,41 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]
 
 def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     """Put the adapter's tensors of a folder into `model`; every one has to find its place."""
-    from peft.utils import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    result = set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+    result = set_peft_model_state_dict(model, read_weights(folder / ADAPTER))
     if result.unexpected_keys:
-        raise GradientMissing(f"Adapter tensors without a place: {result.unexpected_keys[:3]}.")
+        raise DamagedArtifact(f"{folder} holds adapter tensors without a place: {result}.")
 
 
-def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | None = None) -> int:
+USUAL_SIZE = 224
+
+
+def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | int | None = None) -> int:
     """Prove that every adapter receives gradient, by a forward and backward pass on `meta`.
 
     No memory is used and no number is read: what is shown is that each trainable tensor is part of
     the computation. Some families read a linear's weight instead of calling it, and adapters on
     them would be silent; trained parts beside them (a head) would still learn.
 
+    Args:
+        image_size: for models that do not say theirs; 224 is tried then.
+
     Returns:
         How many trainable tensors were proven.
 
     Raises:
-        GradientMissing: some are not reached, by name.
+        GradientMissing: some are not reached, by name; or the proof cannot be made.
     """
     meta = twin(model.plain_model)
-    size = input_size(meta, image_size)
-    with torch.enable_grad():
-        total = _total(meta.train()(example_input_of(meta, size)))
-        total.backward()
+    said = view(meta).input_size
+    size = input_size(meta, image_size or (None if said else USUAL_SIZE))
+    try:
+        with torch.enable_grad():
+            torch.autograd.backward(_total(meta.train()(example_input_of(meta, size))))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise GradientMissing(
+            f"Whether the adapters train could not be shown: one image of {size} fails in "
+            f"{type(model.plain_model).__name__} ({error}). Pass image_size=(H, W)."
+        ) from error
     wanted = [(n, p) for n, p in meta.named_parameters() if p.requires_grad]
     silent = [name for name, p in wanted if p.grad is None]
     if silent or not wanted:
@@ -125,7 +140,7 @@ def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | None = Non
 def _total(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output.sum()
-    tensors = output.to_tuple() if hasattr(output, "to_tuple") else tuple(output)
+    tensors = output.values() if isinstance(output, Mapping) else output
     parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
     return torch.stack(parts).sum()
 

@@ -45,6 +45,22 @@ def write_weights(path: Path, state: dict[str, Tensor]) -> None:
         ) from error
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        DamagedArtifact: the file is in another format; nothing else is ever read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise DamagedArtifact(f"{path} is not a safetensors file ({error}).") from error
+    return found
+
+
 def write_record(
     folder: Path, kind: str, history: History, after: dict[str, Any] | None, model: nn.Module
 ) -> None:
@@ -80,7 +96,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     content = _read_json(folder)
     schema = content.get("schema")
     if not isinstance(schema, int):
-        raise DamagedArtifact(f"{folder / RECORD} has no schema number; it is not a record of ours.")
+        raise DamagedArtifact(
+            f"{folder / RECORD} has no schema number; it is not a record of ours."
+        )
     if schema > SCHEMA:
         raise NewerSchema(
             f"{folder} was written in schema {schema}; this peft_vision reads up to {SCHEMA}. "
@@ -101,7 +119,9 @@ def _read_json(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
-        raise DamagedArtifact(f"{path} is not valid JSON ({error}); it was cut or edited.") from error
+        raise DamagedArtifact(
+            f"{path} is not valid JSON ({error}); it was cut or edited."
+        ) from error
     if not isinstance(content, dict):
         raise DamagedArtifact(f"{path} holds no record.")
     return content
@@ -126,10 +146,12 @@ def _check_file(folder: Path, name: str, stated: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that matter for reading the folder again."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in PACKAGES}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

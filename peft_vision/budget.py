@@ -15,7 +15,9 @@ BAND = 0.98
 """A result lies in (BAND, 1.00] of its budget."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_FIGURE = re.compile(r"^\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*([kmgt]?)\s*(flops?|macs?|params?|ms)?\s*$", re.I)
+_FIGURE = re.compile(
+    r"^\s*([-+]?[0-9.]+(?:e[-+]?\d+)?)\s*([kmgt]?)\s*(flops?|macs?|params?|ms)?\s*$", re.IGNORECASE
+)
 _EXAMPLES = {
     "flops": "0.4 (a ratio in (0, 1]), 1.8G (FLOPs, two per multiply-accumulate) or 0.9GMACs",
     "params": "0.4 (a ratio in (0, 1]), 9M",
@@ -28,7 +30,8 @@ _FLAGS = {"flops": "target_flops", "params": "target_params", "latency_ms": "tar
 class Budget:
     """At most `value` of `quantity`; a ratio when `relative`.
 
-    `flops` counts two per multiply-accumulate at batch size 1; `latency_ms` is milliseconds per batch.
+    `flops` counts two per multiply-accumulate at batch size 1; `latency_ms` is milliseconds per
+    batch.
     """
 
     quantity: Quantity

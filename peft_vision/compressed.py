@@ -11,6 +11,7 @@ from peft_vision.artifact import WEIGHTS, write_record, write_weights
 from peft_vision.cost import measure
 from peft_vision.files import staged_folder
 from peft_vision.history import History
+from peft_vision.hub import push_model
 
 
 class CompressedModel(nn.Module):
@@ -53,6 +54,4 @@ class CompressedModel(nn.Module):
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save and upload; see `peft_vision.hub.push_model`."""
-        from peft_vision.hub import push_model
-
         return push_model(self, repo_id, **kwargs)

@@ -59,8 +59,8 @@ class Cost:
 
     def __str__(self) -> str:
         return (
-            f"{self.gmacs:.3f} GMACs ({self.gflops:.3f} GFLOPs), {self.params / 1e6:.3f} M parameters "
-            f"({self.trainable / 1e6:.3f} M trainable), {self.bytes / 2**20:.1f} MiB"
+            f"{self.gmacs:.3f} GMACs ({self.gflops:.3f} GFLOPs), {self.params / 1e6:.3f} M "
+            f"parameters ({self.trainable / 1e6:.3f} M trainable), {self.bytes / 2**20:.1f} MiB"
         )
 
 
@@ -68,11 +68,11 @@ def twin(model: nn.Module) -> nn.Module:
     """A copy of `model` on the `meta` device: the structure without the numbers."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in memo:
                 empty = torch.empty_like(parameter, device="meta")
                 memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+        for _, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if id(buffer) not in memo:
                 memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
@@ -86,6 +86,7 @@ def example_input(
     Raises:
         BadSetting: the model does not say its input size and none was given.
     """
+    model = unwrap(model)
     channels, height, width = input_size(model, image_size)
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = first.dtype if first is not None else torch.float32
@@ -100,11 +101,12 @@ def input_size(
     Raises:
         BadSetting: the model does not say and `image_size` is None.
     """
-    said = view(model).input_size
+    said = view(unwrap(model)).input_size
     if image_size is None:
         if said is None:
             raise BadSetting(
-                f"{type(model).__name__} does not say its input size; pass image_size=224 or (H, W)."
+                f"{type(model).__name__} does not say its input size; pass image_size=224 or "
+                "(H, W)."
             )
         return said
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -120,7 +122,7 @@ def measure(model: nn.Module, image_size: tuple[int, int] | int | None = None) -
     Raises:
         BadSetting: the model does not say its input size and none was given.
     """
-    plain = _innermost(model)
+    plain = unwrap(model)
     size = input_size(plain, image_size)
     return Cost(
         flops=count_flops(twin(plain), size),
@@ -148,7 +150,8 @@ def example_input_of(meta: nn.Module, size: tuple[int, int, int]) -> Tensor:
     return torch.empty(1, *size, device="meta", dtype=dtype)
 
 
-def _innermost(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside a wrapped or compressed model; a plain model as it is."""
     inner = getattr(model, "plain_model", None)
     return inner if isinstance(inner, nn.Module) else model
 

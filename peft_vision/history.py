@@ -60,12 +60,6 @@ class History:
         return replace(self, plan=self.plan.then(*steps))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside a wrapped or compressed model; a plain model as it is."""
-    inner = getattr(model, "plain_model", None)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def fingerprint(model: nn.Module, skip: Iterable[nn.Module] = ()) -> str:
     """Recognizes weights: names, shapes and up to 4,096 evenly spaced values of every parameter.
 

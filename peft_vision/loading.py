@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_vision.artifact import ADAPTER, WEIGHTS, read_record
+from peft_vision.artifact import ADAPTER, WEIGHTS, read_record, read_weights
 from peft_vision.backbones import view
 from peft_vision.compressed import CompressedModel
 from peft_vision.errors import ArtifactError, DamagedArtifact, PeftVisionError, WrongBase
 from peft_vision.history import History, fingerprint
+from peft_vision.hub import download, is_repo_id
 from peft_vision.method import Adapter, Method, make
 from peft_vision.plan import Plan
 from peft_vision.sources import Spec, build, create_model
@@ -29,7 +30,8 @@ def load(
 ) -> Any:
     """Load a saved folder, or a repository of the Hub.
 
-    A compressed model comes back from the folder alone. An adapter needs its base: the one given, or
+    A compressed model comes back from the folder alone. An adapter needs its base: the one given,
+    or
     the one that the record names, whose weights have to be the same.
 
     Args:
@@ -71,10 +73,7 @@ def _folder(name: str | Path, revision: str | None) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    parts = str(name).split("/")
-    if len(parts) == 2 and all(parts) and not str(name).startswith((".", "/", "~")):
-        from peft_vision.hub import download
-
+    if is_repo_id(str(name)):
         return download(str(name), revision=revision)
     raise ArtifactError(
         f"There is no folder {name}. Possible: a folder written by save_pretrained or by a "
@@ -95,14 +94,12 @@ def _history(content: dict[str, Any]) -> History:
 
 
 def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
-    from safetensors.torch import load_file
-
     if not (folder / WEIGHTS).is_file():
         raise DamagedArtifact(f"{folder} has no {WEIGHTS}. Other formats are never read.")
     model = replay(_structure(history.source, base), history)
     plain: nn.Module = model.plain_model  # type: ignore[assignment]
     try:
-        plain.load_state_dict(load_file(folder / WEIGHTS), strict=True, assign=True)
+        plain.load_state_dict(read_weights(folder / WEIGHTS), strict=True, assign=True)
     except RuntimeError as error:
         raise WrongBase(
             f"The weights of {folder} do not fit the model that its record describes: "
@@ -139,8 +136,8 @@ def _method(name: str, settings: dict[str, Any]) -> Method:
         return make(name, settings)
     except PeftVisionError as error:
         raise ArtifactError(
-            f"The plan uses a method that this installation lacks. {error} It may come from a newer "
-            "version or from another package."
+            f"The plan uses a method that this installation lacks. {error} It may come from a "
+            "newer version or from another package."
         ) from error
 
 
@@ -173,7 +170,8 @@ def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.
         )
     model = replay_on(plain, history)
     load_adapter_weights(model, folder)
-    return model
+    adapted: nn.Module = model
+    return adapted
 
 
 def replay_on(model: nn.Module, history: History) -> Any:
@@ -194,6 +192,7 @@ def replay_on(model: nn.Module, history: History) -> Any:
 def _pretrained(history: History) -> nn.Module:
     if history.source is None:
         raise WrongBase(
-            "The adapter's base is a module that no source can build; pass it: load(folder, base=...)."
+            "The adapter's base is a module that no source can build; pass it: "
+            "load(folder, base=your_model)."
         )
     return build(history.source, weights=True)

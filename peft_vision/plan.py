@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_vision.errors import DamagedArtifact
 
-Json = Union[None, bool, int, float, str, list["Json"], dict[str, "Json"]]
+if TYPE_CHECKING:
+    Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+else:
+    Json = Any
 Decisions = dict[str, Json]
 
 

@@ -1,6 +1,7 @@
 """Finding strengths that meet a budget: bisection on one scalar, then filling site by site.
 
-Nothing here knows a method, a model or a unit: a candidate is a set of decisions, and a function says
+Nothing here knows a method, a model or a unit: a candidate is a set of decisions, and a function
+says
 what it costs.
 """
 
@@ -52,42 +53,63 @@ class _Counted:
         return self.price(decisions)
 
 
-def search(decide: Decide, price: Price, limit: float) -> Found:
+def search(decide: Decide, price: Price, limit: float, *, exact: bool = True) -> Found:
     """The largest candidate that costs at most `limit`.
 
-    Cost has to be non-increasing in strength. After the common strength is bracketed, single kinds of
+    Cost has to be non-increasing in strength. After the common strength is bracketed, single kinds
+    of
     sites and then single sites are given back strength while the limit holds, so that the result is
     as fine as the finest site allows.
+
+    Args:
+        exact: False for a cost that is measured rather than counted: then nothing is filled (many
+            noisy trials would pick a lucky one), and full strength need not be the cheapest.
 
     Returns:
         The candidate; its cost is above `limit` only when nothing cheaper exists.
     """
     counted = _Counted(price)
-    full = decide(1.0)
+    strongest, full = 1.0, decide(1.0)
     smallest = counted(full)
+    if smallest > limit and not exact:
+        strongest, full, smallest = _cheapest(decide, counted, limit, smallest)
     if smallest > limit:
-        return Found(full, 1.0, smallest, smallest, counted.tried)
+        return Found(full, strongest, smallest, smallest, counted.tried)
     nothing = decide(0.0)
     cost = counted(nothing)
     if cost <= limit:
         return Found(nothing, 0.0, cost, smallest, counted.tried)
-    strength, best, cost = _bracket(decide, counted, limit, (0.0, cost), (1.0, smallest), full)
+    high = (strongest, smallest)
+    strength, best, cost = _bracket((decide, counted, limit), (0.0, cost), high, full)
     for group in _groups(best):
-        if cost > ENOUGH * limit:
+        if cost > ENOUGH * limit or not exact:
             break
-        best, cost = _give_back(decide, counted, limit, strength, best, cost, group)
+        best, cost = _give_back((decide, counted, limit), strength, best, cost, group)
     return Found(best, strength, cost, smallest, counted.tried)
 
 
+def _cheapest(
+    decide: Decide, price: Price, limit: float, full: float
+) -> tuple[float, list[Decisions], float]:
+    """The strength below 1 that first fits, or else the cheapest: tiny layers can be slower."""
+    tried = [(full, 1.0)]
+    for strength in (0.9, 0.8, 0.7, 0.6, 0.5):
+        cost = price(decide(strength))
+        tried.append((cost, strength))
+        if cost <= limit:
+            break
+    cost, strength = min(tried)
+    return strength, decide(strength), cost
+
+
 def _bracket(
-    decide: Decide,
-    price: Price,
-    limit: float,
+    problem: tuple[Decide, Price, float],
     low: tuple[float, float],
     high: tuple[float, float],
     best: list[Decisions],
 ) -> tuple[float, list[Decisions], float]:
     """Narrow (strength, cost) brackets: `low` costs too much, `high` fits."""
+    decide, price, limit = problem
     for turn in range(ROUNDS):
         if high[1] > ENOUGH * limit or high[0] - low[0] < 1e-6:
             break
@@ -117,7 +139,7 @@ Group = tuple[int, frozenset[str]]
 
 
 def _groups(decisions: list[Decisions]) -> list[Group]:
-    """Sites that may be given back strength together: by kind first, then one by one, deepest first.
+    """Sites that may be given back strength together: by kind, then one by one, deepest first.
 
     Late sites change the cost least, so they fill gaps that early ones cannot.
     """
@@ -133,14 +155,13 @@ def _groups(decisions: list[Decisions]) -> list[Group]:
 
 
 def _give_back(
-    decide: Decide,
-    price: Price,
-    limit: float,
+    problem: tuple[Decide, Price, float],
     strength: float,
     best: list[Decisions],
     cost: float,
     group: Group,
 ) -> tuple[list[Decisions], float]:
+    decide, price, limit = problem
     low, high = 0.0, strength
     for _ in range(14):
         if cost > ENOUGH * limit or high - low < 1e-4 * strength:

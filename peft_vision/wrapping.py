@@ -26,6 +26,7 @@ def wrap(
     method: str | Method,
     *,
     data: Any = None,
+    image_size: tuple[int, int] | int | None = None,
     **settings: Any,
 ) -> AdaptedModel | CompressedModel:
     """Put a method, or a preset of several, onto a model, in place.
@@ -34,6 +35,7 @@ def wrap(
         model: a timm or transformers backbone, any module, or an already wrapped model.
         method: name of a method or preset (`peft_vision.methods()`), or a Method object.
         data: (images, labels) batches for methods that decide by data.
+        image_size: height and width, for models that do not say theirs.
         settings: the method's settings; each card lists them.
 
     Returns:
@@ -46,9 +48,11 @@ def wrap(
     """
     steps = [method] if isinstance(method, Method) else _methods(method, settings)
     if isinstance(method, Method) and settings:
-        raise BadSetting(f"Settings {sorted(settings)} were given beside a Method that has its own.")
+        raise BadSetting(
+            f"Settings {sorted(settings)} were given beside a Method that has its own."
+        )
     for one in steps:
-        model = _wrap_one(model, one, data)
+        model = _wrap_one(model, one, data, image_size)
     return model  # type: ignore[return-value]
 
 
@@ -59,24 +63,26 @@ def _methods(name: str, settings: dict[str, Any]) -> list[Method]:
         return [make(only, {**preset, **settings})]
     if settings:
         raise BadSetting(
-            f"{name} is a preset of {len(parts)} methods and takes no settings of its own; wrap them "
-            f"one after the other: {', '.join(part for part, _ in parts)}."
+            f"{name} is a preset of {len(parts)} methods and takes no settings of its own; wrap "
+            f"them one after the other: {', '.join(part for part, _ in parts)}."
         )
     return [make(part, preset) for part, preset in parts]
 
 
-def _wrap_one(model: nn.Module, method: Method, data: Any) -> nn.Module:
+def _wrap_one(
+    model: nn.Module, method: Method, data: Any, image_size: tuple[int, int] | int | None
+) -> nn.Module:
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
     decisions = method.decide(backbone, method.strength, Evidence(data))
-    if history.before is None and backbone.input_size is not None:
-        history.before = measure(inner).to_json()
+    if history.before is None and (backbone.input_size or image_size):
+        history.before = measure(inner, image_size).to_json()
     if history.fingerprint is None:
         history.fingerprint = fingerprint(inner, [site.layer for site in backbone.classifier])
     step = Step(method_name(method), method.settings(), method.strength, decisions)
     method.apply(backbone, step.decisions)
     if isinstance(method, Adapter):
-        return adapt(backbone, method, history.then(step))
+        return adapt(backbone, method, history.then(step), image_size=image_size)
     if is_adapted(model):
         model.history = history.then(step)  # type: ignore[assignment]
         return model
@@ -84,7 +90,12 @@ def _wrap_one(model: nn.Module, method: Method, data: Any) -> nn.Module:
 
 
 def adapt(
-    backbone: Backbone, method: Adapter, history: History, *, empty: bool = False
+    backbone: Backbone,
+    method: Adapter,
+    history: History,
+    *,
+    image_size: tuple[int, int] | int | None = None,
+    empty: bool = False,
 ) -> AdaptedModel:
     """Inject an adapter, and prove that it trains.
 
@@ -99,8 +110,8 @@ def adapt(
     config = method.config(backbone, decisions)
     config.base_model_name_or_path = base_name(history)
     adapted = AdaptedModel(backbone.model, config, history, low_cpu_mem_usage=empty)
-    if backbone.input_size is not None and not empty:
-        prove_gradient(adapted)
+    if not empty:
+        prove_gradient(adapted, image_size)
     return adapted
 
 

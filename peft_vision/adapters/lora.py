@@ -1,6 +1,7 @@
 """LoRA (Hu et al., ICLR 2022) through PEFT, on targets taken from sites.
 
-The adapter is an ordinary PEFT folder. PEFT's names of layers are never typed by hand: the backbone's
+The adapter is an ordinary PEFT folder. PEFT's names of layers are never typed by hand: the
+backbone's
 view says which layers are attention, MLP and classifier, for every family.
 """
 
@@ -42,8 +43,8 @@ class Lora(Adapter):
     """Dropout on the input of the update, in [0, 1)."""
 
     targets: tuple[str, ...] = ("linears",)
-    """Which layers: "linears" (all but the classifier), "convs", "attention", "mlp", or roles
-    (q, k, v, qkv, out, up, gate, down)."""
+    """Which layers: "linears" (all but the classifier), "convs" (ungrouped ones), "attention",
+    "mlp", or roles (q, k, v, qkv, out, up, gate, down)."""
 
     train_head: bool = True
     """Train the classifier in full and save it with the adapter."""
@@ -80,7 +81,7 @@ class Lora(Adapter):
         heads = {site.key for site in backbone.classifier}
         return LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             target_modules=[_path(sites[key], names) for key in decisions if key not in heads],
@@ -97,7 +98,9 @@ class Lora(Adapter):
             chosen += [site for site in backbone.linears if site.role in wanted]
         if "convs" in wanted:
             backbone.require("convs")
-            chosen += backbone.convs
+            # Updates of grouped convolutions cannot be merged, and depthwise ones outgrow the
+            # layer.
+            chosen += [site for site in backbone.convs if _is_dense(site.layer)]
         if not chosen:
             found = sorted({site.role for site in backbone.linears})
             raise UnsupportedSite(
@@ -105,6 +108,10 @@ class Lora(Adapter):
                 f"Its linears are: {', '.join(found) or 'none'}."
             )
         return chosen
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "base_layer", layer), "groups", 1) == 1
 
 
 def _path(site: LayerSite, names: dict[int, str]) -> str:

@@ -1,7 +1,7 @@
 """Only this folder knows timm and transformers: one file per architecture family.
 
-A family file declares `MODULES` (where its classes are defined), `why_not(model) -> str` (what keeps
-it from understanding a model of those classes; empty when nothing does) and `view(model)`.
+A family file declares `MODULES` (where its classes are defined), `why_not(model) -> str` (what
+keeps it from understanding a model of those classes; empty when nothing does) and `view(model)`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
     named += [(mlp, name, role) for name, role in zip(parts.mlp_parts.up, ups, strict=True)]
     named.append((mlp, parts.mlp_parts.down, "down"))
     for owner, name, role in named:
-        label = name if role == "other" else role
+        label = "head_gate" if role == "other" else role
         yield LayerSite(f"blocks.{index}.{label}", owner, name, role, index)
 
 

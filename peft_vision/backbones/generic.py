@@ -75,5 +75,5 @@ def _input_size(model: nn.Module, convs: Sequence[LayerSite]) -> tuple[int, int,
         size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, Sequence) or len(size) != 2:
         return None
-    channels = getattr(convs[0].layer, "in_channels", 3) if convs else 3
-    return (int(channels), int(size[0]), int(size[1]))
+    stem: Any = convs[0].layer if convs else None
+    return (int(stem.weight.shape[1]) if convs else 3, int(size[0]), int(size[1]))

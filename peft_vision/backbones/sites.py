@@ -1,6 +1,7 @@
 """A backbone seen as sites: named places where a method may act.
 
-A site is (owner module, attribute), never a dotted path: a path breaks when a block is re-housed. It
+A site is (owner module, attribute), never a dotted path: a path breaks when a block is re-housed.
+It
 holds no closure: a deep copy's closure would edit the original.
 """
 
@@ -250,26 +251,33 @@ class Backbone:
             UnsupportedSite: the model has no blocks that can be recomputed.
         """
         trunk = next((m for m in self.model.modules() if isinstance(m, Trunk)), None)
+        own = next((n for n in SWITCHES if getattr(self.model, n, None) is not None), None)
         if trunk is not None:
             trunk.checkpointing = on
-            return
-        for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
-            switch = getattr(self.model, name, None)
-            if switch is not None:
-                _switch(self.model, name, on)
-                return
-        raise UnsupportedSite(
-            f"{type(self.model).__name__} offers no gradient checkpointing of its own."
-        )
+        elif own is None:
+            raise UnsupportedSite(
+                f"{type(self.model).__name__} offers no gradient checkpointing of its own."
+            )
+        if own is not None:  # around a whole trunk it would recompute all blocks at once
+            _switch(self.model, own, on and trunk is None)
+
+
+SWITCHES = (
+    "set_grad_checkpointing",
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+)
+"""What timm, transformers, and older transformers call their switch for checkpointing."""
 
 
 def _switch(model: nn.Module, name: str, on: bool) -> None:
+    method = getattr(model, name if on else name.replace("_enable", "_disable"))
     if name == "set_grad_checkpointing":
-        getattr(model, name)(on)
+        method(on)
     elif on:
-        getattr(model, name)(gradient_checkpointing_kwargs={"use_reentrant": False})
+        method(**{name.replace("_enable", "_kwargs"): {"use_reentrant": False}})
     else:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
+        method()
 
 
 def device_of(model: nn.Module) -> torch.device:

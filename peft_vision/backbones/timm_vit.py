@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: ViT, DeiT, distilled DeiT, DeiT-III, DINOv2 (registers), CLIP, SigLIP."""
+"""timm's VisionTransformer: ViT, DeiT (distilled, III), DINOv2 (registers), CLIP, SigLIP."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def why_not(model: Any) -> str:
 
     if not isinstance(model, VisionTransformer):
         return f"{type(model).__name__} is not timm's VisionTransformer"
-    blocks = [block for _, _, block in blocks_in(model.blocks)]
+    blocks: list[Any] = [block for _, _, block in blocks_in(model.blocks)]
     for block in blocks:
         if type(block) not in (Block, ResPostBlock):
             return f"its blocks are of class {type(block).__name__}"
@@ -87,7 +87,7 @@ def input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height, width."""
     height, width = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     stem: Any = next(layers_in(model.patch_embed, is_conv)).layer
-    return (int(stem.in_channels), int(height), int(width))
+    return (int(stem.weight.shape[1]), int(height), int(width))
 
 
 def _parts(block: Any) -> BlockParts:

@@ -15,7 +15,9 @@ def compress(
     target_flops: Annotated[
         str | None, typer.Option(help="A ratio (0.4), FLOPs (1.8G) or multiply-adds (0.9GMACs).")
     ] = None,
-    target_params: Annotated[str | None, typer.Option(help="A ratio (0.4) or a count (9M).")] = None,
+    target_params: Annotated[
+        str | None, typer.Option(help="A ratio (0.4) or a count (9M).")
+    ] = None,
     target_latency: Annotated[
         str | None, typer.Option(help="Milliseconds a batch, timed on --device.")
     ] = None,
@@ -26,11 +28,13 @@ def compress(
         str | None, typer.Option(help="Images to recover with: a folder or a data set's name.")
     ] = None,
     recover_epochs: Annotated[
-        float, typer.Option(help="Epochs of fine-tuning with distillation from the dense model.")
-    ] = 0.0,
+        int, typer.Option(help="Epochs of fine-tuning with distillation from the dense model.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="Device to time and recover on.")] = "cpu",
     batch_size: Annotated[int, typer.Option(help="Images a batch when timing.")] = 1,
-    image_size: Annotated[int | None, typer.Option(help="For models that do not say theirs.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="For models that do not say theirs.")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Load the source's pretrained weights.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -69,7 +73,7 @@ def compress(
     _print(result.summary(), result.table(), result.notes, output)
 
 
-def _refuse_recovery_without_data(epochs: float, data: str | None) -> None:
+def _refuse_recovery_without_data(epochs: int, data: str | None) -> None:
     from peft_vision.errors import BadSetting
 
     if epochs > 0 and data is None:

@@ -34,7 +34,12 @@ def show(
     }
     steps = [step.method for step in history.plan.steps]
     if as_json:
-        content = {"family": backbone.family, "sites": kinds, "cost": cost.to_json(), "steps": steps}
+        content = {
+            "family": backbone.family,
+            "sites": kinds,
+            "cost": cost.to_json(),
+            "steps": steps,
+        }
         typer.echo(json.dumps(content))
         return
     table = Table("", "", title=f"{model} ({type(plain).__name__}, family {backbone.family})")

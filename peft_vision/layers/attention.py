@@ -97,7 +97,7 @@ def attend(
 
 def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor) -> Tensor:
     """From the heads' outputs (B H N D) to the branch's output (B N C)."""
-    y = heads.transpose(1, 2).flatten(2)
+    y: Tensor = heads.transpose(1, 2).flatten(2)
     if parts.norm is not None:
         y = getattr(attention, parts.norm)(y)
     if parts.gate is not None and getattr(attention, parts.gate) is not None:
@@ -117,6 +117,15 @@ def keep_heads(attention: nn.Module, parts: AttentionParts, heads: Sequence[int]
     else:
         for name in parts.qkv:
             keep_outputs(getattr(attention, name), rows)
+    _keep_optional(attention, parts, rows)
+    keep_inputs(getattr(attention, parts.out), rows)
+    for name in parts.heads:
+        setattr(attention, name, len(heads))
+    for name in parts.width:
+        setattr(attention, name, len(rows))
+
+
+def _keep_optional(attention: nn.Module, parts: AttentionParts, rows: Sequence[int]) -> None:
     for name in parts.biases or ():
         if getattr(attention, name) is not None:
             select_parameter(attention, name, rows)
@@ -124,11 +133,6 @@ def keep_heads(attention: nn.Module, parts: AttentionParts, heads: Sequence[int]
         keep_features(getattr(attention, parts.norm), rows)
     if parts.gate is not None and getattr(attention, parts.gate) is not None:
         keep_outputs(getattr(attention, parts.gate), rows)
-    keep_inputs(getattr(attention, parts.out), rows)
-    for name in parts.heads:
-        setattr(attention, name, len(heads))
-    for name in parts.width:
-        setattr(attention, name, len(rows))
 
 
 def _dropout(attention: nn.Module, parts: AttentionParts) -> float:
@@ -151,6 +155,7 @@ class OpenAttention(nn.Module):
         self.parts = parts
 
     def forward(self, x: Tensor, rope: Any = None, **masks: Any) -> Tensor:
+        """The branch's output, B N C."""
         q, k, v = project(self.attention, self.parts, x, rope)
         heads = attend(self.attention, self.parts, q, k, v, **masks)
         return finish(self.attention, self.parts, heads, x)

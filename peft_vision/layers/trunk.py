@@ -1,6 +1,7 @@
 """The blocks of a transformer as one module, so that tokens may leave on the way.
 
-A Trunk takes the place of a model's list of blocks as its only element: the model's own loop calls it
+A Trunk takes the place of a model's list of blocks as its only element: the model's own loop calls
+it
 once. Which tokens are left is then a local variable of one forward pass, which keeps the model
 re-entrant and exportable; a state shared between separate blocks would be neither.
 """
@@ -56,11 +57,17 @@ class Trunk(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The stream after all blocks.
+
+        Raises:
+            UnsupportedSite: an attention mask was passed.
+        """
         refuse_mask(self.parts, args, kwargs)
+        reducers = dict(self.reducers.items())
         for index, block in enumerate(self.blocks):
-            reducer = self.reducers[str(index)] if str(index) in self.reducers else None
+            reducer = reducers.get(str(index))
             if self.checkpointing and self.training:
-                x, kwargs = checkpoint(  # type: ignore[misc]
+                x, kwargs = checkpoint(
                     self._step, block, reducer, x, args, kwargs, use_reentrant=False
                 )
             else:

@@ -1,6 +1,7 @@
 """Magnitude pruning of heads and hidden units: the baseline that others have to beat.
 
-The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a time, so
+The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a time,
+so
 that the model becomes physically smaller. Nothing is compensated; recover by fine-tuning.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -37,11 +39,15 @@ class Magnitude(Method):
     hidden: bool = True
     """Remove MLP hidden units."""
 
+    multiple: int = 8
+    """Hidden units stay in multiples of this (1 to 256): kernels are much slower on odd widths."""
+
     stage: ClassVar[Stage] = Stage.WIDTH
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
 
     def __post_init__(self) -> None:
         check_range("ratio", self.ratio, 0.0, 1.0)
+        check_range("multiple", self.multiple, 1, 256)
 
     @property
     def strength(self) -> float:
@@ -56,17 +62,23 @@ class Magnitude(Method):
                 continue
             backbone.require(kind)
             sites: Sequence[HeadsSite | HiddenSite] = getattr(backbone, kind)
-            scores = evidence.once(("magnitude", kind), lambda s=sites: [_score(x) for x in s])
-            for site, kept in zip(sites, _kept(scores, strength), strict=True):
+            scores = evidence.once(("magnitude", kind), partial(_scores, sites))
+            group = int(self.multiple) if kind == "hidden" else 1
+            for site, kept in zip(sites, _kept(scores, strength, group), strict=True):
                 if len(kept) < site.count:
                     decisions[site.key] = pack_indices(kept, of=site.count)
         return decisions
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Cut the members that go."""
-        sites = {site.key: site for site in (*backbone.heads, *backbone.hidden)}
+        members: list[HeadsSite | HiddenSite] = [*backbone.heads, *backbone.hidden]
+        sites = {site.key: site for site in members}
         for key, packed in decisions.items():
             sites[key].keep(unpack_indices(packed))
+
+
+def _scores(sites: Sequence[HeadsSite | HiddenSite]) -> list[Tensor]:
+    return [_score(site) for site in sites]
 
 
 def _score(site: HeadsSite | HiddenSite) -> Tensor:
@@ -77,15 +89,25 @@ def _score(site: HeadsSite | HiddenSite) -> Tensor:
     return torch.as_tensor(total).cpu()
 
 
-def _kept(scores: Sequence[Tensor], strength: float) -> list[list[int]]:
-    """Members that stay, per site, when the lowest `strength` of all members go."""
-    removable = [_order(score)[:-1] for score in scores]
-    ranked = sorted(
-        (float(score[i]), site, int(i))
-        for site, (score, order) in enumerate(zip(scores, removable, strict=True))
-        for i in order
-    )
-    gone = {(site, i) for _, site, i in ranked[: math.floor(strength * len(ranked) + 1e-9)]}
+def _kept(scores: Sequence[Tensor], strength: float, group: int) -> list[list[int]]:
+    """Members that stay, per site, when the lowest `strength` of all members go.
+
+    Members are removed in groups of `group`, the lowest of a site together, ranked by their mean;
+    so
+    what stays is a multiple wherever the site was one. One group stays in every site.
+    """
+    groups = []
+    for site, score in enumerate(scores):
+        order = _order(score)
+        pieces = [order[i : i + group] for i in range(0, len(order), group)]
+        groups += [
+            (sum(float(score[i]) for i in piece) / len(piece), site, place, piece)
+            for place, piece in enumerate(pieces[:-1])
+            if len(piece) == group
+        ]
+    ranked = sorted(groups)
+    going = ranked[: math.floor(strength * len(ranked) + 1e-9)]
+    gone = {(site, i) for _, site, _, piece in going for i in piece}
     return [
         [i for i in range(len(score)) if (site, i) not in gone] for site, score in enumerate(scores)
     ]

@@ -1,7 +1,8 @@
 """Token reorganization (EViT; Liang et al., ICLR 2022): inattentive patches leave on the way.
 
 At a few depths, between attention and MLP, the patches that the class token attends to least are
-dropped, or fused into one token. The fused attention kernel stays: only the class token's row of the
+dropped, or fused into one token. The fused attention kernel stays: only the class token's row of
+the
 attention map is recomputed beside it.
 """
 
@@ -82,12 +83,13 @@ def _tokens(backbone: Backbone) -> TokensSite:
     site = backbone.tokens
     if site is None or site.class_tokens != 1:
         raise UnsupportedSite(
-            f"{type(backbone.model).__name__} has no class token whose attention could rank patches."
+            f"{type(backbone.model).__name__} has no class token whose attention could rank "
+            "patches."
         )
     if site.pooling != "class":
         raise UnsupportedSite(
-            f"{type(backbone.model).__name__} pools by {site.pooling}: dropping patches would change "
-            "what the head reads. Models that read the class token alone are supported."
+            f"{type(backbone.model).__name__} pools by {site.pooling}: dropping patches would "
+            "change what the head reads. Models that read the class token alone are supported."
         )
     return site
 
@@ -132,7 +134,8 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     The same as the class row of the full map, at a cost of N x heads x head_dim.
     """
     row = (q[:, :, :1].to(_wide(q)) @ k.to(_wide(k)).transpose(-2, -1)) * q.shape[-1] ** -0.5
-    return row.softmax(dim=-1).mean(dim=1).squeeze(1)
+    scores: Tensor = row.softmax(dim=-1).mean(dim=1).squeeze(1)
+    return scores
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

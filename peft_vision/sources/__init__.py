@@ -1,7 +1,8 @@
 """Where models come from by name, and how an architecture is built again from JSON.
 
 A source file declares `MODULES` (where its classes are defined), `spec_of(model)`, `build(spec,
-weights=...)` and `names()`. A spec is plain JSON: ``{"source": "timm", "name": ..., "kwargs": {...}}``.
+weights=...)` and `names()`. A spec is plain JSON:
+``{"source": "timm", "name": ..., "kwargs": {...}}``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def create_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Mod
     """A model by name.
 
     Args:
-        name: ``timm/<architecture>`` or a bare timm architecture, ``transformers/<repo or folder>``,
+        name: ``timm/<architecture>`` or a bare timm architecture, ``transformers/<repo or
+        folder>``,
             ``demo/<name>``.
         pretrained: with the source's weights; False gives random ones.
         kwargs: passed to the source's constructor (``num_classes=10``, ``img_size=112``).
@@ -60,7 +62,7 @@ def difference(one: nn.Module, other: nn.Module) -> str | None:
     """The first place where two models differ in structure or in a plain setting, in words."""
     ours, theirs = dict(one.named_modules()), dict(other.named_modules())
     if ours.keys() != theirs.keys():
-        return f"module {sorted(ours.keys() ^ theirs.keys())[0]!r} is in one only"
+        return f"module {min(ours.keys() ^ theirs.keys())!r} is in one only"
     for name, module in ours.items():
         if type(module) is not type(theirs[name]):
             return f"{name}: {type(module).__name__} against {type(theirs[name]).__name__}"
@@ -113,7 +115,9 @@ def build(spec: Spec, *, weights: bool = False, device: str = "cpu") -> nn.Modul
     """
     name = str(spec.get("source"))
     if name not in _sources():
-        raise ArtifactError(f"The artifact's base comes from {name!r}, which is not a known source.")
+        raise ArtifactError(
+            f"The artifact's base comes from {name!r}, which is not a known source."
+        )
     with torch.device(device):
         model: nn.Module = _source(name).build(spec, weights=weights)
     return model

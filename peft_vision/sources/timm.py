@@ -34,6 +34,8 @@ def build(spec: dict[str, Any], *, weights: bool) -> nn.Module:
     import timm
 
     name, kwargs = str(spec["name"]), dict(spec.get("kwargs", {}))
+    if weights and spec.get("tag") and "." not in name:
+        name = f"{name}.{spec['tag']}"
     if name.partition(".")[0] not in names():
         raise unknown("timm architecture", name, names())
     try:
@@ -51,13 +53,20 @@ def build(spec: dict[str, Any], *, weights: bool) -> nn.Module:
 
 def spec_of(model: Any) -> dict[str, Any] | None:
     """How to build `model` again: its architecture and where it differs from the default."""
-    config = getattr(model, "pretrained_cfg", None)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if name is None or name not in names():
+    found = getattr(model, "pretrained_cfg", None)
+    config: dict[str, Any] = found if isinstance(found, dict) else {}
+    name = str(config.get("architecture"))
+    if name not in names():
         return None
     if "peft_vision_source" in config:
         return dict(config["peft_vision_source"])
-    return {"source": "timm", "name": name, "tag": config.get("tag"), "kwargs": differences(model, name)}
+    return {
+        "source": "timm",
+        "name": name,
+        "tag": config.get("tag"),
+        "license": config.get("license"),
+        "kwargs": differences(model, name),
+    }
 
 
 def differences(model: Any, name: str) -> dict[str, Any]:
@@ -110,8 +119,10 @@ READERS: dict[str, Any] = {
     "num_classes": _attribute("num_classes"),
     "img_size": _attribute("patch_embed.img_size"),
     "patch_size": _attribute("patch_embed.patch_size"),
-    "in_chans": lambda m: getattr(getattr(getattr(m, "patch_embed", None), "proj", None), "in_channels", None)
-    or getattr(m, "in_chans", None),
+    "in_chans": lambda m: (
+        getattr(getattr(getattr(m, "patch_embed", None), "proj", None), "in_channels", None)
+        or getattr(m, "in_chans", None)
+    ),
     "global_pool": _attribute("global_pool"),
     "embed_dim": _attribute("embed_dim"),
     "depth": lambda m: len(_blocks(m)) or None,

@@ -29,14 +29,15 @@ def build(spec: dict[str, Any], *, weights: bool) -> nn.Module:
 
     if "class" not in spec:
         return _from_repository(str(spec["name"]), dict(spec.get("kwargs", {})), weights)
-    cls = getattr(transformers, str(spec["class"]), None)
+    cls: Any = getattr(transformers, str(spec["class"]), None)
     if not (inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel)):
         raise unknown("transformers model class", str(spec["class"]), dir(transformers))
     if weights:
         return _from_repository(str(spec["name"]), {}, weights, cls)
     config = cls.config_class.from_dict(dict(spec["config"]))
-    model: nn.Module = cls(config, **dict(spec.get("kwargs", {})))
-    return model.eval()
+    model: Any = cls(config, **dict(spec.get("kwargs", {})))
+    built: nn.Module = model.eval()
+    return built
 
 
 def spec_of(model: Any) -> dict[str, Any] | None:
@@ -58,7 +59,9 @@ def spec_of(model: Any) -> dict[str, Any] | None:
     }
 
 
-def _from_repository(name: str, kwargs: dict[str, Any], weights: bool, cls: Any = None) -> nn.Module:
+def _from_repository(
+    name: str, kwargs: dict[str, Any], weights: bool, cls: Any = None
+) -> nn.Module:
     import transformers
 
     try:

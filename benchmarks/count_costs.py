@@ -1,0 +1,61 @@
+"""Count what each method costs on a ViT-S/16 at 224 px, and write benchmarks/counted.json.
+
+Nothing is timed and no weight values matter: FLOPs are counted on `meta`, so the figures are the
+same on every machine. `make docs` puts them into the cards.
+
+    python -m benchmarks.count_costs
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peft_vision as pv
+
+NAME = "timm/vit_small_patch16_224"
+NOTE = f"Counted on `{NAME}`, 224 px, batch size 1, without weights"
+RUNS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "lora": ("r", (4, 16, 64)),
+    "magnitude": ("ratio", (0.1, 0.3, 0.5, 0.7)),
+    "token_reorganization": ("keep_rate", (0.9, 0.7, 0.5, 0.3)),
+}
+COLUMNS = ["", "GMACs", "of the model's FLOPs", "parameters", "of these trained"]
+
+
+def table(method: str) -> dict[str, Any]:
+    """One row per value of the method's main setting, after one for the model as it was."""
+    setting, values = RUNS[method]
+    before = pv.measure(pv.create_model(NAME, pretrained=False))
+    rows = [row("untouched", before, before.flops)]
+    for value in values:
+        model = pv.wrap(pv.create_model(NAME, pretrained=False), method=method, **{setting: value})
+        rows.append(row(f"`{setting}={value}`", pv.measure(model), before.flops))
+    return {"method": method, "columns": COLUMNS, "rows": rows, "note": NOTE}
+
+
+def row(name: str, cost: Any, whole: int) -> list[str]:
+    """One line of the table."""
+    return [
+        name,
+        f"{cost.gmacs:.3f}",
+        f"{cost.flops / whole:.3f}",
+        f"{cost.params / 1e6:.2f} M",
+        f"{cost.trainable / 1e6:.2f} M ({cost.trainable / cost.params:.1%})",
+    ]
+
+
+def main() -> None:
+    """Write the figures beside this file."""
+    torch.manual_seed(0)
+    content = json.dumps({"tables": [table(method) for method in RUNS]}, indent=1)
+    target = Path(__file__).with_name("counted.json")
+    target.write_text(content + "\n", encoding="utf-8")
+    print(target.name)
+
+
+if __name__ == "__main__":
+    main()

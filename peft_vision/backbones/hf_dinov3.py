@@ -1,0 +1,112 @@
+"""transformers' DINOv3 ViT: rotary positions, registers, plain or gated MLPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.backbones.assembly import (
+    ABSENT,
+    assemble,
+    find_blocks,
+    lacking,
+    last_layers,
+    size_in_config,
+)
+from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
+from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.block import BlockParts
+from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.trunk import blocks_in
+
+MODULES = ("transformers.models.dinov3_vit.modeling_dinov3_vit",)
+
+PLAIN = MlpParts(up=("up_proj",), down="down_proj")
+GATED = MlpParts(up=("gate_proj", "up_proj"), down="down_proj")
+
+
+def rotate(attention: nn.Module, heads: Tensor, rope: Any) -> Tensor:
+    """Rotate the patches of queries or keys (B H N D) by (cosines, sines), each of patches x D."""
+    cos, sin = rope
+    prefix = heads.shape[2] - cos.shape[-2]
+    patches = heads[:, :, prefix:]
+    first, second = patches.chunk(2, dim=-1)
+    turned = patches * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([heads[:, :, :prefix], turned], dim=2)
+
+
+PARTS = BlockParts(
+    norm1="norm1",
+    attention="attention",
+    after1=("layer_scale1", "drop_path"),
+    norm2="norm2",
+    mlp="mlp",
+    after2=("layer_scale2", "drop_path"),
+    attention_parts=AttentionParts(
+        qkv=("q_proj", "k_proj", "v_proj"),
+        out="o_proj",
+        heads=("num_heads",),
+        dropout="dropout",
+        rotate=rotate,
+        replies=2,
+    ),
+    mlp_parts=PLAIN,
+    mask="attention_mask",
+    rope="position_embeddings",
+)
+
+
+def why_not(model: nn.Module) -> str:
+    """What keeps the model from being understood in full; empty when nothing does."""
+    found = _blocks(model)
+    if not found:
+        return "it has no list of DINOv3ViTLayer"
+    container = getattr(*found)
+    return lacking(container, _parts(container))
+
+
+def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer
+
+    return find_blocks(model, DINOv3ViTLayer)
+
+
+def _parts(container: nn.Module) -> BlockParts:
+    mlp = getattr(next(blocks_in(container))[2], PARTS.mlp, None)
+    gated = getattr(mlp, "gate_proj", ABSENT) is not ABSENT
+    return replace(PARTS, mlp_parts=GATED if gated else PLAIN)
+
+
+def view(model: Any) -> Backbone:
+    """See the model as sites."""
+    found = _blocks(model)
+    if found is None:
+        raise AssertionError("why_not() admits models with blocks only")
+    parts = _parts(getattr(*found))
+    sites = assemble(getattr(*found), parts)
+    embeddings = next(m for m in model.modules() if getattr(m, "cls_token", None) is not None)
+    maps = getattr(model, "out_features", None) is not None
+    return Backbone(
+        model=model,
+        family="hf_dinov3",
+        input_size=size_in_config(model.config),
+        blocks=sites.blocks,
+        linears=sites.linears,
+        convs=(LayerSite("patch", embeddings, "patch_embeddings", "patch"),),
+        heads=sites.heads,
+        hidden=sites.hidden,
+        tokens=None
+        if maps
+        else TokensSite(
+            "tokens",
+            *found,
+            parts,
+            class_tokens=1,
+            register_tokens=int(model.config.num_register_tokens),
+        ),
+        classifier=last_layers(model, "classifier"),
+        missing={"tokens": "its feature maps need every patch"} if maps else {},
+    )

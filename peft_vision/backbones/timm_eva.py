@@ -1,0 +1,157 @@
+"""timm's Eva: EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.backbones.assembly import (
+    ABSENT,
+    Assembly,
+    assemble,
+    bypasses_in,
+    is_linear,
+    lacking,
+    last_layers,
+    layers_in,
+)
+from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
+from peft_vision.backbones.timm_vit import POOLING, input_size, mlp_parts, register_rules
+from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.block import BlockParts, attention_of
+from peft_vision.layers.trunk import blocks_in
+
+MODULES = ("timm.models.eva",)
+
+SEPARATE = ("q_proj", "k_proj", "v_proj")
+
+
+def rotate(attention: nn.Module, heads: Tensor, rope: Any) -> Tensor:
+    """Rotate the patches of queries or keys (B H N D) by a table of sines and cosines."""
+    from timm.layers import apply_rot_embed_cat
+
+    module: Any = attention
+    prefix = module.num_prefix_tokens
+    turned = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=module.rotate_half)
+    return torch.cat([heads[:, :, :prefix], turned], dim=2)
+
+
+def why_not(model: Any) -> str:
+    """What keeps the model from being understood in full; empty when nothing does."""
+    from timm.models.eva import Eva, EvaBlock, EvaBlockPostNorm
+
+    if not isinstance(model, Eva):
+        return f"{type(model).__name__} is not timm's Eva"
+    blocks: list[Any] = [block for _, _, block in blocks_in(model.blocks)]
+    for block in blocks:
+        if type(block) not in (EvaBlock, EvaBlockPostNorm):
+            return f"its blocks are of class {type(block).__name__}"
+        if mlp_parts(block.mlp) is None:
+            return f"its MLPs are of class {type(block.mlp).__name__}"
+    return lacking(model.blocks, _parts(blocks[0])) if blocks else "it has no blocks"
+
+
+def _parts(block: nn.Module) -> BlockParts:
+    inner: Any = block
+    mlp = mlp_parts(inner.mlp)
+    if mlp is None:
+        raise AssertionError("why_not() admits known MLPs only")
+    # Blocks that normalize after their branches have no scale.
+    scaled = getattr(block, "gamma_1", ABSENT) is not ABSENT
+    parts = BlockParts(
+        norm1="norm1",
+        attention="attn",
+        after1=("gamma_1", "drop_path1") if scaled else ("drop_path1",),
+        norm2="norm2",
+        mlp="mlp",
+        after2=("gamma_2", "drop_path2") if scaled else ("drop_path2",),
+        attention_parts=AttentionParts(qkv=("qkv",), out="proj"),
+        mlp_parts=mlp,
+        rope="rope",
+    )
+    return replace(parts, attention_parts=_attention_parts(attention_of(block, parts)))
+
+
+def _attention_parts(attention: Any) -> AttentionParts:
+    from timm.layers import AttentionRope
+
+    has_groups = isinstance(attention, AttentionRope)
+    fused = attention.qkv is not None
+    return AttentionParts(
+        qkv=("qkv",) if fused else SEPARATE,
+        out="proj",
+        biases=("q_bias", "k_bias", "v_bias") if fused and not has_groups else None,
+        q_norm="q_norm",
+        k_norm="k_norm",
+        norm="norm",
+        gate="gate",
+        heads=("num_heads", "num_kv_heads") if has_groups else ("num_heads",),
+        width=("attn_dim", "kv_dim") if has_groups else (),
+        dropout="attn_drop",
+        out_dropout="proj_drop",
+        rotate=rotate,
+    )
+
+
+def view(model: Any) -> Backbone:
+    """See the model as sites."""
+    from timm.layers import AttentionRope
+
+    register_rules()
+    first = next(blocks_in(model.blocks))[2]
+    parts = _parts(first)
+    # EvaAttention reshapes its heads to the width of the stream: removing one would break it.
+    opens = not isinstance(attention_of(first, parts), AttentionRope)
+    missing = _missing(model, parts)
+    sites = _without(missing, assemble(model.blocks, parts, opens=opens))
+    pool = layers_in(model.attn_pool, is_linear, "pool", "pool") if model.attn_pool else ()
+    return Backbone(
+        model=model,
+        family="timm_eva",
+        input_size=input_size(model),
+        blocks=sites.blocks,
+        linears=(*sites.linears, *pool),
+        convs=(LayerSite("patch", model.patch_embed, "proj", "patch"),),
+        heads=sites.heads,
+        hidden=sites.hidden,
+        tokens=None if "tokens" in missing else _tokens(model, parts),
+        classifier=last_layers(model, "head"),
+        missing=missing,
+        bypasses=bypasses_in(model),
+    )
+
+
+def _missing(model: Any, parts: BlockParts) -> dict[str, str]:
+    """Kind of site -> why this variant has none."""
+    from timm.models.eva import EvaBlock
+
+    found = [block for _, _, block in blocks_in(model.blocks)]
+    if model.rope_mixed:
+        reason = "each block and head has rotary frequencies of its own, kept outside of the blocks"
+        return dict.fromkeys(("blocks", "heads", "tokens"), reason)
+    if any(getattr(attention_of(b, parts), "num_kv_groups", 1) != 1 for b in found):
+        reason = "several query heads share keys and values (grouped-query attention)"
+        return dict.fromkeys(("heads", "tokens"), reason)
+    if any(type(block) is not EvaBlock for block in found):
+        return {"tokens": "its blocks normalize after the branches"}
+    return {}
+
+
+def _without(missing: dict[str, str], sites: Assembly) -> Assembly:
+    kinds = {kind: () for kind in missing if kind != "tokens"}
+    return replace(sites, **kinds)
+
+
+def _tokens(model: Any, parts: BlockParts) -> TokensSite:
+    return TokensSite(
+        key="tokens",
+        owner=model,
+        attribute="blocks",
+        parts=parts,
+        class_tokens=int(model.cls_token is not None),
+        register_tokens=int(model.num_prefix_tokens) - int(model.cls_token is not None),
+        pooling=POOLING.get(model.global_pool, "other"),
+    )

@@ -1,0 +1,255 @@
+"""Carry out a recipe: data, model, methods, training, and the saved result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_vision.errors import BadSetting, DataError
+from peft_vision.recipe import LoadedRecipe, Recipe, load_recipe
+from peft_vision.training import identity
+from peft_vision.training.processes import joined
+from peft_vision.training.run_folder import RunFolder, open_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peft_vision.data.images import LabeledImages
+    from peft_vision.data.source import Split
+    from peft_vision.tasks.classification import Classification
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came of a run.
+
+    Attributes:
+        model: the wrapped model in evaluation mode.
+        metrics: validation figures; accuracies are fractions in [0, 1].
+        output: the folder it was saved in.
+        resumed: the step that an earlier run had reached, or None.
+    """
+
+    model: Any
+    metrics: dict[str, float]
+    output: Path
+    resumed: int | None
+
+
+def finetune(
+    recipe: Recipe | LoadedRecipe | str | Path,
+    words: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = True,
+    say: Say | None = None,
+) -> Finetuned:
+    """Fine-tune as a recipe says and save the result.
+
+    A run that was killed goes on from its newest complete checkpoint when it is called again with
+    the same recipe and output, and ends with the same weights. Under `accelerate launch` every
+    process calls this function; the main one saves.
+
+    Args:
+        recipe: a recipe, a YAML file, or the name of one that ships.
+        words: `train.epochs=2` and the like, where `recipe` is a file or name.
+        output: in place of the recipe's.
+        overwrite: replace a finished result, or an unfinished run of another recipe.
+        resume: False starts an unfinished run anew.
+        say: is told, in one line each, what the user should know; by default it is logged.
+
+    Raises:
+        RecipeError: a mistake in the recipe.
+        DataError: the data cannot be trained on.
+        OutputExists: the output folder is in the way.
+        UnknownName, BadSetting, UnsupportedSite, GradientMissing: model or method does not fit.
+        CannotWrite: the result cannot be written.
+    """
+    plan = _recipe_of(recipe, words, output)
+    say = say or logging.getLogger("peft_vision").info
+    state = joined(plan.train)
+    say = say if state.is_main_process else _silent
+    folder = Path(plan.output).expanduser()
+    wanted = identity.of_settings(plan.model_dump())
+    open_run(folder, wanted, overwrite=overwrite, resume=resume)
+    data = _open_data(plan, say)
+    run = open_run(folder, wanted | identity.of_data(data), overwrite=overwrite, resume=resume)
+    model = build(plan, data.names, data.train)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.begin(wanted | identity.of_data(data))
+    state.wait_for_everyone()
+    if state.num_processes > 1:
+        say(f"Training with {state.num_processes} processes ({state.backend}).")
+    if run.resumed is not None:
+        say(f"Resuming the unfinished run in {folder} from step {run.resumed}.")
+    metrics = _fit(model, plan, data, run)
+    model.history.metrics = _records(metrics, data)
+    if state.is_main_process:
+        _save(model, run, plan)
+    state.wait_for_everyone()
+    return Finetuned(model, metrics, folder, run.resumed)
+
+
+def build(recipe: Recipe, labels: Sequence[str], data: LabeledImages | None = None) -> Any:
+    """The recipe's model with its methods, its labels and its preprocessing, untrained.
+
+    Args:
+        recipe: a recipe.
+        labels: class names; the head gets as many outputs.
+        data: training images, for methods that decide by data.
+
+    Raises:
+        UnknownName, BadSetting, UnsupportedSite, GradientMissing: model or method does not fit.
+    """
+    import torch
+
+    from peft_vision.backbones import view
+    from peft_vision.data import preprocessing
+    from peft_vision.data.image_set import batches_of
+    from peft_vision.sources import create_model
+    from peft_vision.tasks.classification import check_outputs
+
+    torch.manual_seed(recipe.seed)
+    counted = {_class_argument(recipe.model.name): len(labels)}
+    plain = create_model(
+        recipe.model.name, pretrained=recipe.model.pretrained, **{**counted, **recipe.model.kwargs}
+    )
+    size = view(plain).input_size
+    described = preprocessing.of_model(plain, recipe.model.name, size[-1] if size else None)
+    if recipe.data.image_size is not None:
+        described = {**described, "size": recipe.data.image_size}
+    batches = (
+        None if data is None else batches_of(data, preprocessing.evaluation_transform(described))
+    )
+    model = _wrapped(plain, recipe, batches)
+    model.history.labels = list(labels)
+    model.history.preprocessing = described
+    check_outputs(model, described["size"], len(labels))
+    return model
+
+
+def _recipe_of(
+    recipe: Recipe | LoadedRecipe | str | Path, words: Sequence[str], output: str | Path | None
+) -> Recipe:
+    if isinstance(recipe, (str, Path)):
+        flags = {} if output is None else {"output": str(output)}
+        return load_recipe(recipe, words, flags).recipe
+    found = recipe.recipe if isinstance(recipe, LoadedRecipe) else recipe
+    if words:
+        raise BadSetting(
+            "key=value words go with a recipe file or name. A Recipe object is changed with "
+            "recipe.model_copy(update=...)."
+        )
+    return found if output is None else found.model_copy(update={"output": str(output)})
+
+
+def _open_data(recipe: Recipe, say: Say) -> Split:
+    from peft_vision.data.source import open_split
+
+    with joined(recipe.train).main_process_first():
+        data = open_split(recipe.data, recipe.seed)
+    for note in data.notes:
+        say(note)
+    return data
+
+
+def _fit(model: Any, recipe: Recipe, data: Split, run: RunFolder) -> dict[str, float]:
+    from peft_vision.data import preprocessing
+    from peft_vision.data.image_set import ImageSet
+    from peft_vision.training.fit import fit
+
+    described = model.history.preprocessing
+    augmented = preprocessing.training_transform(described, recipe.data.augmentation)
+    plain = preprocessing.evaluation_transform(described)
+    task, teacher = _task(recipe, data.names)
+    return fit(
+        model,
+        task,
+        ImageSet(data.train, augmented, recipe.seed),
+        ImageSet(data.validation, plain),
+        recipe.train,
+        teacher=teacher,
+        run_dir=run.run_dir,
+        log_dir=run.log_dir,
+        seed=recipe.seed,
+    )
+
+
+def _records(metrics: Mapping[str, float], data: Split) -> dict[str, Any]:
+    """Figures as they are stored: with the count and the data behind them."""
+    behind = {"n": len(data.validation), "data": data.validation.origin}
+    kept = {name: value for name, value in metrics.items() if name in ("top1", "top5", "loss")}
+    return {name: {"value": value, **behind} for name, value in kept.items()}
+
+
+def _task(recipe: Recipe, labels: Sequence[str]) -> tuple[Classification, nn.Module | None]:
+    from peft_vision.tasks.classification import Classification, Distillation
+
+    wanted = recipe.task.distillation
+    if wanted is None:
+        return Classification(recipe.task.label_smoothing), None
+    how = Distillation(wanted.weight, wanted.temperature)
+    return Classification(recipe.task.label_smoothing, how), _teacher(wanted.teacher, labels)
+
+
+def _teacher(name: str, labels: Sequence[str]) -> nn.Module:
+    """A saved folder with the same classes in the same order, or a model by name.
+
+    Raises:
+        DataError: the teacher knows other classes.
+    """
+    from peft_vision.history import History
+    from peft_vision.loading import load
+    from peft_vision.sources import create_model
+
+    if not Path(name).exists():
+        counted: dict[str, Any] = {_class_argument(name): len(labels)}
+        return create_model(name, **counted)
+    loaded: nn.Module = load(name)
+    known: list[str] | None = History.of(loaded).labels
+    if known is not None and list(known) != list(labels):
+        raise DataError(
+            f"The teacher {name} knows the classes {', '.join(known[:10])}, the data have "
+            f"{', '.join(list(labels)[:10])}. A teacher with the same classes in order works."
+        )
+    return loaded
+
+
+def _wrapped(plain: nn.Module, recipe: Recipe, batches: list[Any] | None) -> Any:
+    from peft_vision.compressed import CompressedModel
+    from peft_vision.history import History
+    from peft_vision.wrapping import wrap
+
+    if not recipe.methods:
+        return CompressedModel(plain, History.of(plain)).requires_grad_(True)
+    model: Any = plain
+    for entry in recipe.methods:
+        model = wrap(model, entry.name, data=batches, **entry.settings)
+    return model
+
+
+def _class_argument(name: str) -> str:
+    return "num_labels" if name.startswith("transformers/") else "num_classes"
+
+
+def _save(model: Any, run: RunFolder, recipe: Recipe) -> None:
+    import shutil
+
+    import yaml
+
+    stage = run.run_dir / "result"
+    shutil.rmtree(stage, ignore_errors=True)
+    model.save_pretrained(stage)
+    (stage / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    run.finish(stage)
+
+
+def _silent(_: str) -> None:
+    """What processes other than the main one say."""

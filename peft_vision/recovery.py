@@ -1,0 +1,99 @@
+"""Recovery: what compression cost is learned back, from the labels and from the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peft_vision.compressed import CompressedModel
+from peft_vision.cost import input_size
+from peft_vision.data import preprocessing
+from peft_vision.data.image_set import ImageSet
+from peft_vision.data.settings import Augmentation, DataSettings
+from peft_vision.data.source import Split, open_split
+from peft_vision.errors import BadSetting
+from peft_vision.history import History, unwrap
+from peft_vision.tasks.classification import Classification, Distillation
+from peft_vision.training.fit import fit
+from peft_vision.training.settings import TrainSettings
+
+
+def recover(
+    model: CompressedModel,
+    teacher: nn.Module,
+    data: str | Path | Split,
+    *,
+    epochs: int = 3,
+    batch_size: int = 32,
+    learning_rate: float = 2e-4,
+    weight: float = 0.7,
+    temperature: float = 2.0,
+    seed: int = 0,
+    settings: TrainSettings | None = None,
+    augmentation: Augmentation | None = None,
+) -> dict[str, float]:
+    """Fine-tune a compressed model in place with the dense one's logits (Hinton et al., 2015).
+
+    Args:
+        model: all its parameters are trained.
+        teacher: the model that went into `compress`, with the same classes.
+        data: an image folder, a data set's name, or images that are open already.
+        epochs, batch_size, learning_rate: of the training; or give `settings` whole.
+        weight: of the teacher's term in the loss, in [0, 1]; the labels' term gets the rest.
+        temperature: softens both distributions, above 0.
+
+    Returns:
+        The validation figures, also written to ``model.history.metrics``.
+
+    Raises:
+        DataError: the images cannot be used. BadSetting: the teacher has other outputs.
+    """
+    inner = unwrap(model)
+    size = input_size(inner)[1]
+    history, taught = History.of(model), History.of(teacher)
+    split = data if isinstance(data, Split) else open_split(DataSettings(train=str(data)), seed)
+    _same_classes(taught, split)
+    described = history.preprocessing or taught.preprocessing
+    described = described or dict(preprocessing.of_model(inner, "", size))
+    # All of a compressed model is trained: what its adapters had frozen is free again.
+    inner.requires_grad_(True)
+    figures = fit(
+        model,
+        Classification(distillation=Distillation(weight, temperature)),
+        ImageSet(
+            split.train,
+            preprocessing.training_transform(described, augmentation or Augmentation()),
+            seed,
+        ),
+        ImageSet(split.validation, preprocessing.evaluation_transform(described)),
+        settings
+        or TrainSettings(
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0
+        ),
+        teacher=teacher,
+        seed=seed,
+    )
+    _record(model, described, split, figures)
+    return figures
+
+
+def _same_classes(taught: History, split: Split) -> None:
+    if taught.labels is not None and list(taught.labels) != split.names:
+        raise BadSetting(
+            f"The dense model knows the classes {', '.join(taught.labels[:10])}; the images have "
+            f"{', '.join(split.names[:10])}. Recover on images of the same classes."
+        )
+
+
+def _record(
+    model: CompressedModel, described: Any, split: Split, figures: dict[str, float]
+) -> None:
+    history = model.history
+    history.preprocessing = dict(described)
+    history.labels = split.names
+    behind = {"n": len(split.validation), "data": split.validation.origin}
+    for name in ("top1", "top5", "loss"):
+        if name in figures:
+            history.metrics[name] = {"value": figures[name], **behind}

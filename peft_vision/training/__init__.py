@@ -1,0 +1,1 @@
+"""Training: settings, the deterministic batch order, the trainer, checkpoints and logs."""

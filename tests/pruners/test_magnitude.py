@@ -1,0 +1,98 @@
+"""What is peculiar to magnitude pruning: the smallest go first, over the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import peft_vision as pv
+from peft_vision.backbones import view
+from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.method import Evidence, make
+from peft_vision.plan import unpack_indices
+
+Tiny = Callable[..., nn.Module]
+
+
+def shrink_unit(model: nn.Module, block: int, unit: int) -> None:
+    mlp = view(model).hidden[block].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[unit] *= 1e-3
+        mlp.fc2.weight[:, unit] *= 1e-3
+
+
+def shrink_head(model: nn.Module, block: int, head: int) -> None:
+    attention, width = view(model).heads[block].attention, 16
+    rows = slice(head * width, (head + 1) * width)
+    with torch.no_grad():
+        for third in range(3):
+            attention.qkv.weight[third * 48 + head * width : third * 48 + (head + 1) * width] *= (
+                1e-3
+            )
+        attention.proj.weight[:, rows] *= 1e-3
+
+
+def test_the_smallest_go_first(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    shrink_unit(model, 2, 77)
+    shrink_head(model, 1, 2)
+    backbone = view(model)
+    units = 4 * 191
+    single = make("magnitude", {"multiple": 1})
+    decisions = single.decide(backbone, 1.0001 / units, Evidence())
+    assert set(decisions) == {"blocks.2.hidden"}
+    assert 77 not in unpack_indices(decisions["blocks.2.hidden"])
+    decisions = make("magnitude", {"hidden": False}).decide(backbone, 0.13, Evidence())
+    assert set(decisions) == {"blocks.1.heads"}
+    assert unpack_indices(decisions["blocks.1.heads"]) == [0, 1]
+
+
+def test_a_block_with_small_weights_is_not_emptied_for_that(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    with torch.no_grad():
+        for parameter in view(model).hidden[0].mlp.parameters():
+            parameter.mul_(1e-3)
+    decisions = make("magnitude").decide(view(model), 0.5, Evidence())
+    kept = [len(unpack_indices(decisions[f"blocks.{i}.hidden"])) for i in range(4)]
+    assert min(kept) > 192 * 0.3
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64, 256])
+def test_units_stay_in_multiples(tiny_timm: Tiny, multiple: int) -> None:
+    model = pv.wrap(tiny_timm(), "magnitude", ratio=0.37, multiple=multiple)
+    counts = [site.count for site in view(model.plain_model).hidden]
+    assert all(count % multiple == 0 or count == 192 for count in counts)
+    assert all(count > 0 for count in counts)
+
+
+def test_one_of_each_stays_at_full_strength(tiny_timm: Tiny) -> None:
+    model = pv.wrap(tiny_timm(), "magnitude", ratio=1.0, multiple=1)
+    backbone = view(model.plain_model)
+    assert [site.count for site in backbone.heads] == [1] * 4
+    assert [site.count for site in backbone.hidden] == [1] * 4
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_axes_can_be_switched_off(tiny_timm: Tiny) -> None:
+    model = pv.wrap(tiny_timm(), "magnitude", ratio=0.5, heads=False)
+    backbone = view(model.plain_model)
+    assert [site.count for site in backbone.heads] == [3] * 4
+    assert sum(site.count for site in backbone.hidden) == 4 * 192 - 8 * (4 * 23 // 2)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, "half", True])
+def test_the_ratio_has_a_range(ratio: object) -> None:
+    with pytest.raises(BadSetting, match="ratio"):
+        make("magnitude", {"ratio": ratio})
+
+
+def test_a_packed_weight_is_refused(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    view(model).hidden[0].mlp.fc1.weight = nn.Parameter(
+        torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedSite, match="quantize afterwards"):
+        pv.wrap(model, "magnitude")
