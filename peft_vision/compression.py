@@ -17,9 +17,18 @@ from peft_vision.backbones import view
 from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Budget, Quantity, parse_one
 from peft_vision.compressed import CompressedModel
-from peft_vision.cost import Cost, count_flops, example_input, input_size, measure, time_on, twin
+from peft_vision.cost import (
+    Cost,
+    count_flops,
+    example_input,
+    input_size,
+    measure,
+    time_on,
+    twin,
+    unwrap,
+)
 from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedSite
-from peft_vision.history import History, fingerprint, unwrap
+from peft_vision.history import History, fingerprint
 from peft_vision.loading import load
 from peft_vision.method import Adapter, Evidence, Method, make
 from peft_vision.plan import Decisions, Plan, Step

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from peft_vision.compressed import CompressedModel
-from peft_vision.cost import input_size
+from peft_vision.cost import input_size, unwrap
 from peft_vision.data import preprocessing
 from peft_vision.data.image_set import ImageSet
 from peft_vision.data.settings import Augmentation, DataSettings
 from peft_vision.data.source import Split, open_split
 from peft_vision.errors import BadSetting
-from peft_vision.history import History, unwrap
+from peft_vision.history import History
 from peft_vision.tasks.classification import Classification, Distillation
 from peft_vision.training.fit import fit
 from peft_vision.training.settings import TrainSettings

@@ -7,6 +7,7 @@ what it costs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ Price = Callable[[list[Decisions]], float]
 
 ENOUGH = 0.996
 """A candidate this near to the limit is not improved any more."""
+
+GOOD = 0.99
+"""A candidate this near is not improved site by site; that is for steps too coarse otherwise."""
 
 ROUNDS = 40
 
@@ -44,13 +48,21 @@ class Found:
 
 
 class _Counted:
+    """Prices each candidate once: on a staircase many strengths decide the same."""
+
     def __init__(self, price: Price) -> None:
         self.price = price
-        self.tried = 0
+        self.known: dict[str, float] = {}
 
     def __call__(self, decisions: list[Decisions]) -> float:
-        self.tried += 1
-        return self.price(decisions)
+        key = json.dumps(decisions)
+        if key not in self.known:
+            self.known[key] = self.price(decisions)
+        return self.known[key]
+
+    @property
+    def tried(self) -> int:
+        return len(self.known)
 
 
 def search(decide: Decide, price: Price, limit: float, *, exact: bool = True) -> Found:
@@ -82,7 +94,7 @@ def search(decide: Decide, price: Price, limit: float, *, exact: bool = True) ->
     high = (strongest, smallest)
     strength, best, cost = _bracket((decide, counted, limit), (0.0, cost), high, full)
     for group in _groups(best):
-        if cost > ENOUGH * limit or not exact:
+        if cost > (ENOUGH if len(group[1]) > 1 else GOOD) * limit or not exact:
             break
         best, cost = _give_back((decide, counted, limit), strength, best, cost, group)
     return Found(best, strength, cost, smallest, counted.tried)

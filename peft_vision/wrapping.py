@@ -10,9 +10,9 @@ from torch import nn
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone
 from peft_vision.compressed import CompressedModel
-from peft_vision.cost import measure
+from peft_vision.cost import measure, unwrap
 from peft_vision.errors import BadSetting
-from peft_vision.history import History, fingerprint, unwrap
+from peft_vision.history import History, fingerprint
 from peft_vision.method import Adapter, Evidence, Method, make
 from peft_vision.plan import Step
 from peft_vision.presets import expand

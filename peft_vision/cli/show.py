@@ -18,8 +18,8 @@ def show(
     from rich.table import Table
 
     from peft_vision.backbones import view
-    from peft_vision.cost import measure
-    from peft_vision.history import History, unwrap
+    from peft_vision.cost import measure, unwrap
+    from peft_vision.history import History
     from peft_vision.loading import open_model
 
     found = open_model(model, pretrained=False)

@@ -10,21 +10,32 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from peft_vision.compressed import CompressedModel
+from peft_vision.compression import Result, compress
+from peft_vision.cost import Timing, time_on
+from peft_vision.data import demo
+from peft_vision.data.preprocessing import evaluation_transform
+from peft_vision.data.source import Split, open_split
 from peft_vision.errors import ArtifactError, MissingExtra
+from peft_vision.evaluate import evaluate
+from peft_vision.exporting import export
 from peft_vision.files import refuse_existing
+from peft_vision.finetune import finetune
+from peft_vision.loading import load
+from peft_vision.method import make, names
+from peft_vision.quickstart.content import content_of
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Measured, Outcome
 from peft_vision.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from peft_vision.compressed import CompressedModel
-    from peft_vision.compression import Result
-    from peft_vision.cost import Timing
-    from peft_vision.data.source import Split
+from peft_vision.recovery import recover
+from peft_vision.report import write_report
+from peft_vision.wrapping import merge
 
 __all__ = ["Measured", "Outcome", "quickstart"]
 
@@ -88,14 +99,6 @@ def quickstart(
     say = say or logging.getLogger("peft_vision").info
     clock = Clock(say)
 
-    from peft_vision.compression import compress
-    from peft_vision.data import demo
-    from peft_vision.data.source import open_split
-    from peft_vision.evaluate import evaluate
-    from peft_vision.exporting import export
-    from peft_vision.finetune import finetune
-    from peft_vision.wrapping import merge
-
     words = _FAST if fast else ()
     first, second = load_recipe(FINETUNE, words).recipe, load_recipe(RECOVER, words).recipe
     with clock("read the images"):
@@ -140,8 +143,6 @@ def _require_extras() -> None:
     Raises:
         MissingExtra: a package is missing, by name.
     """
-    from importlib.util import find_spec
-
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtra(
@@ -152,8 +153,6 @@ def _require_extras() -> None:
 
 def _methods(recipe: Recipe) -> list[Any]:
     """The recipe's methods as objects, or their names where they are presets."""
-    from peft_vision.method import make, names
-
     return [
         make(entry.name, entry.settings) if entry.name in names() else entry.name
         for entry in recipe.methods
@@ -161,7 +160,6 @@ def _methods(recipe: Recipe) -> list[Any]:
 
 
 def _recover(result: Result, dense: nn.Module, data: Split, recipe: Recipe) -> None:
-    from peft_vision.recovery import recover
 
     how = recipe.task.distillation
     taught: dict[str, Any] = {}
@@ -179,7 +177,6 @@ def _recover(result: Result, dense: nn.Module, data: Split, recipe: Recipe) -> N
 
 
 def _save_and_load(result: Result, folder: Path, *, overwrite: bool) -> CompressedModel:
-    from peft_vision.loading import load
 
     result.save_pretrained(folder, overwrite=overwrite)
     model: CompressedModel = load(folder)
@@ -188,10 +185,6 @@ def _save_and_load(result: Result, folder: Path, *, overwrite: bool) -> Compress
 
 def _some_images(data: Split, preprocessing: dict[str, Any]) -> Tensor:
     """Some validation images, ready for the model: `B 3 H W`."""
-    import torch
-
-    from peft_vision.data.preprocessing import evaluation_transform
-
     prepare, step = evaluation_transform(preprocessing), max(1, len(data.validation) // TIMED)
     places = range(0, len(data.validation), step)[:TIMED]
     return torch.stack([prepare(data.validation.image(place)) for place in places])
@@ -203,8 +196,6 @@ def _require_same(live: nn.Module, loaded: nn.Module, images: Tensor) -> None:
     Raises:
         ArtifactError: the logits differ.
     """
-    import torch
-
     with torch.inference_mode():
         before, after = live.cpu().eval()(images), loaded.cpu().eval()(images)
     if not torch.equal(before, after):
@@ -218,8 +209,6 @@ def _speeds(
     dense: nn.Module, compressed: nn.Module, images: Tensor, rounds: int
 ) -> tuple[Timing, Timing]:
     """Timings of both models on the CPU, in turns."""
-    from peft_vision.cost import time_on
-
     models = {"dense": dense.cpu(), "compressed": compressed.cpu()}
     times = time_on(models, images, rounds=rounds)
     return times["dense"], times["compressed"]
@@ -231,7 +220,4 @@ def _write_report(
     models: tuple[nn.Module, CompressedModel],
     data: Split,
 ) -> None:
-    from peft_vision.quickstart.content import content_of
-    from peft_vision.report import write_report
-
     write_report(outcome.report, content_of(outcome, recipes, models, data))

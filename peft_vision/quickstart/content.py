@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vision import __version__
 from peft_vision.artifact import versions
+from peft_vision.data import demo as demo_data
+from peft_vision.data.preprocessing import evaluation_transform
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Outcome, weight_bytes
+from peft_vision.report.anatomy import blocks_left, overlays_of, patches_of
 from peft_vision.report.content import ReportContent
+from peft_vision.sources import demo as demo_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,11 +38,6 @@ def content_of(
         data: the images.
     """
     import torch
-
-    from peft_vision.data import demo as demo_data
-    from peft_vision.data.preprocessing import evaluation_transform
-    from peft_vision.report.anatomy import blocks_left, overlays_of, patches_of
-    from peft_vision.sources import demo as demo_model
 
     dense, compressed = models
     described = compressed.history.preprocessing or {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft_vision.errors import MissingExtra
 from peft_vision.files import writing
+from peft_vision.report import figures, overlays
 from peft_vision.report.content import (
     Block,
     Command,
@@ -89,8 +90,6 @@ def render(content: ReportContent) -> str:
 
 
 def _charts(content: ReportContent) -> dict[str, str]:
-    from peft_vision.report import figures
-
     blocks = content.blocks
     charts = {"cost": figures.accuracy_against_cost(content)}
     if any(block.heads for block in blocks):
@@ -103,8 +102,6 @@ def _charts(content: ReportContent) -> dict[str, str]:
 
 
 def _pictures(content: ReportContent) -> list[dict[str, Any]]:
-    from peft_vision.report import overlays
-
     return [
         {"title": overlay.title, "pictures": overlays.pictures(overlay)}
         for overlay in content.overlays

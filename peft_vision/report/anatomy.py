@@ -9,7 +9,8 @@ import numpy as np
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import HeadsSite, HiddenSite
-from peft_vision.history import History, unwrap
+from peft_vision.cost import unwrap
+from peft_vision.history import History
 from peft_vision.layers.trunk import GONE, kept_positions
 from peft_vision.plan import Json, unpack_indices
 from peft_vision.report.content import Block, Kept, Overlay, Stage

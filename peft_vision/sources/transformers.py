@@ -34,10 +34,13 @@ def build(spec: dict[str, Any], *, weights: bool) -> nn.Module:
         raise unknown("transformers model class", str(spec["class"]), dir(transformers))
     if weights:
         return _from_repository(str(spec["name"]), {}, weights, cls)
+    return _from_config(cls, spec)
+
+
+def _from_config(cls: Any, spec: dict[str, Any]) -> nn.Module:
     config = cls.config_class.from_dict(dict(spec["config"]))
-    model: Any = cls(config, **dict(spec.get("kwargs", {})))
-    built: nn.Module = model.eval()
-    return built
+    model: nn.Module = cls(config, **dict(spec.get("kwargs", {}))).eval()
+    return model
 
 
 def spec_of(model: Any) -> dict[str, Any] | None:

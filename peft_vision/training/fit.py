@@ -192,7 +192,7 @@ def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
         yield
         return
     from peft_vision.backbones import view
-    from peft_vision.history import unwrap
+    from peft_vision.cost import unwrap
 
     backbone = view(unwrap(model))
     backbone.set_checkpointing(True)
