@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_vision.data import preprocessing
+from peft_vision.data.source import open_for_evaluation
 from peft_vision.errors import BadSetting, DataError
 
 if TYPE_CHECKING:
@@ -87,7 +89,6 @@ def _images(
     from pydantic import ValidationError
 
     from peft_vision.data.settings import DataSettings
-    from peft_vision.data.source import open_for_evaluation
 
     if not isinstance(data, (str, Path)):
         return data
@@ -127,7 +128,6 @@ def _logits(
     from rich.progress import track
     from torch.utils.data import DataLoader
 
-    from peft_vision.data import preprocessing
     from peft_vision.data.image_set import ImageSet
     from peft_vision.tasks.classification import logits_of
 

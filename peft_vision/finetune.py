@@ -8,18 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_vision.backbones import view
+from peft_vision.compressed import CompressedModel
+from peft_vision.data import preprocessing
+from peft_vision.data.image_set import ImageSet, batches_of
+from peft_vision.data.source import open_split
 from peft_vision.errors import BadSetting, DataError
+from peft_vision.history import History
+from peft_vision.loading import load
 from peft_vision.recipe import LoadedRecipe, Recipe, load_recipe
+from peft_vision.sources import create_model
+from peft_vision.tasks.classification import Classification, Distillation, check_outputs
 from peft_vision.training import identity
+from peft_vision.training.fit import fit
 from peft_vision.training.processes import joined
 from peft_vision.training.run_folder import RunFolder, open_run
+from peft_vision.wrapping import wrap
 
 if TYPE_CHECKING:
     from torch import nn
 
     from peft_vision.data.images import LabeledImages
     from peft_vision.data.source import Split
-    from peft_vision.tasks.classification import Classification
 
 Say = Callable[[str], None]
 
@@ -110,12 +120,6 @@ def build(recipe: Recipe, labels: Sequence[str], data: LabeledImages | None = No
     """
     import torch
 
-    from peft_vision.backbones import view
-    from peft_vision.data import preprocessing
-    from peft_vision.data.image_set import batches_of
-    from peft_vision.sources import create_model
-    from peft_vision.tasks.classification import check_outputs
-
     torch.manual_seed(recipe.seed)
     counted = {_class_argument(recipe.model.name): len(labels)}
     plain = create_model(
@@ -151,7 +155,6 @@ def _recipe_of(
 
 
 def _open_data(recipe: Recipe, say: Say) -> Split:
-    from peft_vision.data.source import open_split
 
     with joined(recipe.train).main_process_first():
         data = open_split(recipe.data, recipe.seed)
@@ -161,9 +164,6 @@ def _open_data(recipe: Recipe, say: Say) -> Split:
 
 
 def _fit(model: Any, recipe: Recipe, data: Split, run: RunFolder) -> dict[str, float]:
-    from peft_vision.data import preprocessing
-    from peft_vision.data.image_set import ImageSet
-    from peft_vision.training.fit import fit
 
     described = model.history.preprocessing
     augmented = preprocessing.training_transform(described, recipe.data.augmentation)
@@ -190,7 +190,6 @@ def _records(metrics: Mapping[str, float], data: Split) -> dict[str, Any]:
 
 
 def _task(recipe: Recipe, labels: Sequence[str]) -> tuple[Classification, nn.Module | None]:
-    from peft_vision.tasks.classification import Classification, Distillation
 
     wanted = recipe.task.distillation
     if wanted is None:
@@ -205,10 +204,6 @@ def _teacher(name: str, labels: Sequence[str]) -> nn.Module:
     Raises:
         DataError: the teacher knows other classes.
     """
-    from peft_vision.history import History
-    from peft_vision.loading import load
-    from peft_vision.sources import create_model
-
     if not Path(name).exists():
         counted: dict[str, Any] = {_class_argument(name): len(labels)}
         return create_model(name, **counted)
@@ -223,9 +218,6 @@ def _teacher(name: str, labels: Sequence[str]) -> nn.Module:
 
 
 def _wrapped(plain: nn.Module, recipe: Recipe, batches: list[Any] | None) -> Any:
-    from peft_vision.compressed import CompressedModel
-    from peft_vision.history import History
-    from peft_vision.wrapping import wrap
 
     if not recipe.methods:
         return CompressedModel(plain, History.of(plain)).requires_grad_(True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vision.data import hub, image_folder
+from peft_vision.data import demo, hub, image_folder
 from peft_vision.data.images import (
     LabeledImages,
     limited,
@@ -121,8 +121,6 @@ def _tables(
 
 
 def _demo(name: str) -> dict[str, datasets.Dataset]:
-    from peft_vision.data import demo
-
     if name not in demo.names():
         raise unknown(
             "demo data set", f"{DEMO}{name}", [f"{DEMO}{known}" for known in demo.names()]

@@ -106,11 +106,11 @@ class Outcome:
             Command(
                 "Compress what came of it, and recover on the same images.",
                 f"peft-vision compress runs/mine --target-flops {BUDGET:g} --data YOUR_IMAGES "
-                "--recover-epochs 3 -o runs/mine-small",
+                "--recover-epochs 3 -o runs/small",
             ),
             Command(
                 "Export it to a file that runs without peft_vision.",
-                "peft-vision export runs/mine-small --format onnx",
+                "peft-vision export runs/small --format onnx",
             ),
         )
 

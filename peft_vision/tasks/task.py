@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.errors import BadSetting
+
 Batch = Mapping[str, Tensor]
 
 
@@ -37,8 +39,6 @@ class Task(ABC):
         Raises:
             BadSetting: where the task has no use for one.
         """
-        from peft_vision.errors import BadSetting
-
         raise BadSetting(f"{type(self).__name__} has no use for a teacher; fit it without one.")
 
     def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:

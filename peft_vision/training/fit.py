@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft_vision.backbones import view
+from peft_vision.cost import unwrap
 from peft_vision.errors import BadSetting, DataError, MissingExtra
 from peft_vision.training import checkpoints
 from peft_vision.training.processes import joined
@@ -191,9 +193,6 @@ def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    from peft_vision.backbones import view
-    from peft_vision.cost import unwrap
-
     backbone = view(unwrap(model))
     backbone.set_checkpointing(True)
     try:
