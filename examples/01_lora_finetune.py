@@ -15,7 +15,7 @@ import torch
 import peft_vision as pv
 from peft_vision.cost import example_input
 from peft_vision.data.settings import DataSettings
-from peft_vision.finetune import finetune
+from peft_vision.finetuning import finetune
 from peft_vision.recipe import MethodSettings, ModelSettings, Recipe
 from peft_vision.training.settings import TrainSettings
 

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from peft_vision.backbones import view as view
     from peft_vision.compression import compress as compress
     from peft_vision.cost import measure as measure
-    from peft_vision.evaluate import evaluate as evaluate
+    from peft_vision.evaluation import evaluate as evaluate
     from peft_vision.exporting import export as export
-    from peft_vision.finetune import finetune as finetune
+    from peft_vision.finetuning import finetune as finetune
     from peft_vision.loading import load as load
     from peft_vision.method import names as methods  # noqa: F401
     from peft_vision.recovery import recover as recover
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "compress": ("peft_vision.compression", "compress"),
     "create_model": ("peft_vision.sources", "create_model"),
-    "evaluate": ("peft_vision.evaluate", "evaluate"),
+    "evaluate": ("peft_vision.evaluation", "evaluate"),
     "export": ("peft_vision.exporting", "export"),
-    "finetune": ("peft_vision.finetune", "finetune"),
+    "finetune": ("peft_vision.finetuning", "finetune"),
     "load": ("peft_vision.loading", "load"),
     "measure": ("peft_vision.cost", "measure"),
     "merge": ("peft_vision.wrapping", "merge"),

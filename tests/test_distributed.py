@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_vision.errors import BadSetting
-from peft_vision.finetune import finetune
+from peft_vision.finetuning import finetune
 from peft_vision.training.batches import GlobalBatches
 from peft_vision.training.settings import TrainSettings, share_of
 

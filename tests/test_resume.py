@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_vision.errors import DamagedArtifact
-from peft_vision.finetune import finetune
+from peft_vision.finetuning import finetune
 from peft_vision.training import checkpoints
 from peft_vision.training.logs import truncate_log
 from peft_vision.training.run_folder import differences

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from peft_vision.evaluate import Evaluation
+    from peft_vision.evaluation import Evaluation
 
 
 def evaluate(
@@ -26,7 +26,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.")] = None,
 ) -> None:
     """Evaluate a saved model with the preprocessing and labels that are stored in it."""
-    from peft_vision.evaluate import evaluate as run
+    from peft_vision.evaluation import evaluate as run
 
     found = run(
         model,

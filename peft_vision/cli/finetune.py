@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from peft_vision.finetune import Finetuned
+    from peft_vision.finetuning import Finetuned
     from peft_vision.recipe import LoadedRecipe
 
 
@@ -52,7 +52,7 @@ def finetune(
     if print_config:
         _print_settings(loaded)
         return
-    from peft_vision.finetune import finetune as run
+    from peft_vision.finetuning import finetune as run
 
     _print_result(run(loaded, overwrite=overwrite, resume=not restart, say=_say))
 

@@ -118,13 +118,12 @@ class ClassAttentionReducer(Reducer):
         if count + self.fused >= patches:  # nothing would be saved
             return x, torch.arange(patches, device=x.device).expand(x.shape[0], -1)
         scores = class_attention(q, k)[:, prefix:]
-        order = scores.argsort(dim=1, descending=True)
-        kept, gone = order[:, :count].sort(dim=1).values, order[:, count:]
+        kept = scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
         parts = [x[:, :prefix], _take(x[:, prefix:], kept)]
         if self.fuse:
-            weights = scores.gather(1, gone).unsqueeze(-1).to(x.dtype)
-            parts.append((weights * _take(x[:, prefix:], gone)).sum(1, keepdim=True))
-            kept = torch.cat([kept, gone[:, :1]], dim=1)
+            left = scores.scatter(1, kept, 0.0)
+            parts.append(left.unsqueeze(1).to(x.dtype) @ x[:, prefix:])
+            kept = torch.cat([kept, left.argmax(dim=1, keepdim=True)], dim=1)
         return torch.cat(parts, dim=1), kept
 
 

@@ -24,10 +24,10 @@ from peft_vision.data import demo
 from peft_vision.data.preprocessing import evaluation_transform
 from peft_vision.data.source import Split, open_split
 from peft_vision.errors import ArtifactError, MissingExtra
-from peft_vision.evaluate import evaluate
+from peft_vision.evaluation import evaluate
 from peft_vision.exporting import export
 from peft_vision.files import refuse_existing
-from peft_vision.finetune import finetune
+from peft_vision.finetuning import finetune
 from peft_vision.loading import load
 from peft_vision.method import make, names
 from peft_vision.quickstart.content import content_of

@@ -74,7 +74,11 @@ def _from_repository(
             auto = transformers.AutoModelForImageClassification
             cls = next((c for c in named if c is not None and "num_labels" not in kwargs), auto)
         if weights:
-            loaded: nn.Module = cls.from_pretrained(name, config=config)
+            # A head for other classes starts anew; everything else has to fit.
+            anew = "num_labels" in kwargs
+            loaded: nn.Module = cls.from_pretrained(
+                name, config=config, ignore_mismatched_sizes=anew
+            )
             return loaded
         built: nn.Module = cls.from_config(config) if cls is auto else cls(config)
         return built.eval()

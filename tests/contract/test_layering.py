@@ -35,8 +35,8 @@ HEIGHTS = (
     ("tasks", "data"),
     ("history", "card", "artifact", "hub", "tracing", "exporting", "report", "training"),
     ("adapted", "compressed", "wrapping", "loading"),
-    ("search", "compression", "evaluate", "recovery"),
-    ("recipe", "finetune", "quickstart"),
+    ("search", "compression", "evaluation", "recovery"),
+    ("recipe", "finetuning", "quickstart"),
     ("cli",),
     ("__init__", "__main__"),
 )

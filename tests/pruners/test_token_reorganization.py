@@ -44,9 +44,10 @@ def reorganized(x: Tensor, scores: Tensor, keep: float, prefix: int) -> list[Ten
 def test_keep_and_fuse_follow_the_paper(prefix: int) -> None:
     x = torch.randn(3, 20 + prefix, 8, dtype=torch.float64)
     q, k = torch.randn(2, 3, 2, 20 + prefix, 4, dtype=torch.float64).unbind(0)
-    got, _ = ClassAttentionReducer(0.6, fuse=True)(x, q, k, prefix)
+    got, places = ClassAttentionReducer(0.6, fuse=True)(x, q, k, prefix)
     expected = torch.stack(reorganized(x, class_attention(q, k), 0.6, prefix))
     assert (got - expected).abs().max() < 1e-12
+    assert all(row.tolist() == sorted(row.tolist()) for row in places[:, :-1])
 
 
 def test_the_order_of_patches_does_not_matter() -> None:

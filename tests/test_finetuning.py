@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from peft_vision.cli import app
 from peft_vision.data.image_set import TensorSet
 from peft_vision.errors import BadSetting, DataError, OutputExists
-from peft_vision.evaluate import evaluate
-from peft_vision.finetune import finetune
+from peft_vision.evaluation import evaluate
+from peft_vision.finetuning import finetune
 from peft_vision.layers.traits import Penalised
 from peft_vision.recipe import load_recipe
 from peft_vision.tasks.classification import Classification
@@ -161,7 +161,7 @@ def test_an_unfinished_run_resumes_or_names_what_differs(recipe, tmp_path, monke
 
 
 def test_a_run_killed_while_it_saved_its_result_is_finished(recipe, tmp_path, monkeypatch):
-    import peft_vision.finetune as module
+    import peft_vision.finetuning as module
 
     def die(*_):
         raise Stop
