@@ -30,10 +30,22 @@ from peft_vision.errors import (
 Tiny = Callable[..., nn.Module]
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3
+    )
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    pv.compress(model.eval(), target_flops=0.6).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def saved(tiny_timm: Tiny, tmp_path: Path) -> Path:
-    result = pv.compress(tiny_timm(), target_flops=0.6)
-    result.save_pretrained(tmp_path / "out")
+def saved(pristine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(pristine, tmp_path / "out")
     return tmp_path / "out"
 
 

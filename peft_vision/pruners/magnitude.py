@@ -31,13 +31,16 @@ class Magnitude(Method):
     """
 
     ratio: float = 0.3
-    """Share of the heads and of the units that `wrap` removes, in [0, 1]."""
+    """Share of the hidden units that `wrap` removes, in [0, 1]; of the heads see `head_exponent`."""
 
     heads: bool = True
     """Remove attention heads."""
 
     hidden: bool = True
     """Remove MLP hidden units."""
+
+    head_exponent: float = 3.0
+    """Of the heads, ratio ** head_exponent go (1 to 10): heads are few and each is worth more."""
 
     multiple: int = 8
     """Hidden units stay in multiples of this (1 to 256): kernels are much slower on odd widths."""
@@ -47,6 +50,7 @@ class Magnitude(Method):
 
     def __post_init__(self) -> None:
         check_range("ratio", self.ratio, 0.0, 1.0)
+        check_range("head_exponent", self.head_exponent, 1.0, 10.0)
         check_range("multiple", self.multiple, 1, 256)
 
     @property
@@ -64,7 +68,8 @@ class Magnitude(Method):
             sites: Sequence[HeadsSite | HiddenSite] = getattr(backbone, kind)
             scores = evidence.once(("magnitude", kind), partial(_scores, sites))
             group = int(self.multiple) if kind == "hidden" else 1
-            for site, kept in zip(sites, _kept(scores, strength, group), strict=True):
+            share = strength if kind == "hidden" else strength**self.head_exponent
+            for site, kept in zip(sites, _kept(scores, share, group), strict=True):
                 if len(kept) < site.count:
                     decisions[site.key] = pack_indices(kept, of=site.count)
         return decisions

@@ -24,9 +24,8 @@ def create_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Mod
     """A model by name.
 
     Args:
-        name: ``timm/<architecture>`` or a bare timm architecture, ``transformers/<repo or
-        folder>``,
-            ``demo/<name>``.
+        name: ``timm/<architecture>`` or a bare timm architecture, ``demo/<name>``, or
+            ``transformers/`` and a repository or folder.
         pretrained: with the source's weights; False gives random ones.
         kwargs: passed to the source's constructor (``num_classes=10``, ``img_size=112``).
 

@@ -45,7 +45,7 @@ def test_the_smallest_go_first(tiny_timm: Tiny) -> None:
     decisions = single.decide(backbone, 1.0001 / units, Evidence())
     assert set(decisions) == {"blocks.2.hidden"}
     assert 77 not in unpack_indices(decisions["blocks.2.hidden"])
-    decisions = make("magnitude", {"hidden": False}).decide(backbone, 0.13, Evidence())
+    decisions = make("magnitude", {"hidden": False}).decide(backbone, 0.13 ** (1 / 3), Evidence())
     assert set(decisions) == {"blocks.1.heads"}
     assert unpack_indices(decisions["blocks.1.heads"]) == [0, 1]
 
@@ -74,6 +74,12 @@ def test_one_of_each_stays_at_full_strength(tiny_timm: Tiny) -> None:
     assert [site.count for site in backbone.heads] == [1] * 4
     assert [site.count for site in backbone.hidden] == [1] * 4
     assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(("exponent", "left"), [(1.0, 12 - 4), (3.0, 12 - 1)])
+def test_heads_go_at_their_own_pace(tiny_timm: Tiny, exponent: float, left: int) -> None:
+    model = pv.wrap(tiny_timm(), "magnitude", ratio=0.5, head_exponent=exponent)
+    assert sum(site.count for site in view(model.plain_model).heads) == left
 
 
 def test_axes_can_be_switched_off(tiny_timm: Tiny) -> None:
