@@ -72,6 +72,11 @@ class Result:
             return self.cost.params / self.before.params
         return self.cost.flops / self.before.flops
 
+    def __str__(self) -> str:
+        rows = "\n".join(f"{name:>12}  {was:>14} -> {now:>14}" for name, was, now in self.table())
+        share = self.got / self.limit
+        return f"{rows}\nasked {self.budget.asked}, got {share:.4f} of the limit"
+
     def table(self) -> list[tuple[str, str, str]]:
         """Rows of (quantity, before, after)."""
         before, after = view(unwrap(self.model)), self.cost

@@ -56,8 +56,8 @@ class History:
         return replace(self, plan=Plan(kept))
 
     def then(self, *steps: Step) -> History:
-        """This history with further steps."""
-        return replace(self, plan=self.plan.then(*steps))
+        """This history with further steps. What was measured before them holds no more."""
+        return replace(self, plan=self.plan.then(*steps), metrics={})
 
 
 def fingerprint(model: nn.Module, skip: Iterable[nn.Module] = ()) -> str:

@@ -186,6 +186,7 @@ def replay_on(model: nn.Module, history: History) -> Any:
         so_far = so_far.then(step)
         method.apply(backbone, step.decisions)
         wrapped = adapt(backbone, method, so_far)
+    wrapped.history = history
     return wrapped
 
 

@@ -52,7 +52,7 @@ def _print(outcome: Outcome) -> None:
             f"{size / 1e6:.1f}" if size else "",
         )
     for name, accuracy in outcome.measured.baselines.items():
-        table.add_row(f"{name} (baseline)", f"{100 * accuracy:.1f}", "", "", "", "")
+        table.add_row(name, f"{100 * accuracy:.1f}", "", "", "", "")
     console = Console(soft_wrap=True)
     console.print(table)
     if outcome.measured.fast:

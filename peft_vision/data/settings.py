@@ -56,7 +56,7 @@ class DataSettings(BaseModel):
         image_column, label_column: of a table, found by type where None.
         image_size: pixels; None: the model's own.
         max_train, max_validation: use at most so many images, drawn by the seed.
-        on_bad_image: what to do about files that cannot be read.
+        on_bad_image: files that cannot be read are left out and counted, or refused.
         check: `full` decodes every image before training; `none` only when it is used.
     """
 
@@ -73,6 +73,6 @@ class DataSettings(BaseModel):
     image_size: Positive | None = None
     max_train: Positive | None = None
     max_validation: Positive | None = None
-    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    on_bad_image: Literal["refuse", "skip"] = "skip"
     check: Literal["full", "none"] = "full"
     augmentation: Augmentation = Augmentation()

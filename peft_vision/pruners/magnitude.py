@@ -31,7 +31,7 @@ class Magnitude(Method):
     """
 
     ratio: float = 0.3
-    """Share of the hidden units that `wrap` removes, in [0, 1]; of the heads see `head_exponent`."""
+    """Share of the hidden units that `wrap` removes, in [0, 1]; for heads see `head_exponent`."""
 
     heads: bool = True
     """Remove attention heads."""

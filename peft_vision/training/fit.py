@@ -140,7 +140,7 @@ def _callbacks(
             if not logs.TensorBoardLog.available():
                 raise MissingExtra(
                     "train.loggers has tensorboard, which is not installed. Install it with "
-                    'pip install "peft-vision[tensorboard]", or set train.loggers=[].'
+                    "pip install tensorboard, or set train.loggers=[]."
                 )
             trainer.add_callback(logs.TensorBoardLog(log_dir))
     if settings.progress:

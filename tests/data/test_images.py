@@ -97,8 +97,8 @@ def test_wrong_folders_are_refused_in_one_message(tmp_path, make, said):
 def test_a_truncated_image_is_named_or_skipped(flat):
     truncate(flat / "dog" / "03.jpg")
     with pytest.raises(DataError, match=r"1 unreadable image \(dog/03.jpg\)"):
-        open_split(settings(flat), 0)
-    found = open_split(settings(flat, on_bad_image="skip"), 0)
+        open_split(settings(flat, on_bad_image="refuse"), 0)
+    found = open_split(settings(flat), 0)
     assert len(found.train) + len(found.validation) == 17
     assert any("left out 1 unreadable image (dog/03.jpg)" in note for note in found.notes)
 
