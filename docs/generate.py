@@ -214,6 +214,73 @@ def cli_reference() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def flops_budgets() -> str:
+    """What was asked and got of FLOPs, counted three times."""
+    content = json.loads((ROOT / "benchmarks" / "flops_budgets.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            row["model"],
+            f"{row['asked']:g}",
+            *(f"{row[count]:.4f}" for count in ("got", "reloaded", "closed_form")),
+            f"{row['params']:.3f}",
+        ]
+        for row in content["rows"]
+    ]
+    head = ["model", "asked", "got", "counted on reload", "closed form", "parameters left"]
+    return f"{table(head, rows)}\n\n`benchmarks/flops_budgets.json`, {taken(content)}"
+
+
+def timed_budgets() -> str:
+    """What was asked and got of milliseconds."""
+    content = json.loads((ROOT / "benchmarks" / "timed_budgets.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            f"{row['model']}, {row['dtype'].removeprefix('torch.')}, {row['batch']} images",
+            f"{row['asked_share']:g}",
+            f"{row['ratio_median']:.3f}" if "ratio_median" in row else "refused",
+            f"{row['reloaded_share_of_limit']:.3f}" if "ratio_median" in row else "-",
+            f"{row['flops_ratio']:.3f}" if "ratio_median" in row else "-",
+        ]
+        for row in content["rows"]
+    ]
+    head = ["model", "asked of its time", "got, reloaded", "of the limit", "of its FLOPs"]
+    note = f"{content['note']} `benchmarks/timed_budgets.json`, {taken(content)}"
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def quickstart() -> str:
+    """What one run of the quickstart gave."""
+    content = json.loads((ROOT / "benchmarks" / "quickstart.json").read_text(encoding="utf-8"))
+    rows = []
+    for model in content["models"]:
+        share, images = model["accuracy"], model["images"]
+        error = (share * (1 - share) / images) ** 0.5
+        speed, size = model["speed"], model["file_bytes"]
+        rows.append(
+            [
+                model["label"],
+                f"{100 * share:.1f} ± {100 * error:.1f}",
+                f"{model['flops'] / 2e9:.3f}",
+                f"{model['params'] / 1e6:.2f}",
+                f"{speed['median']:.0f} ({speed['low']:.0f}-{speed['high']:.0f})" if speed else "",
+                f"{size / 1e6:.0f}" if size else "",
+            ]
+        )
+    for name, share in content["baselines"].items():
+        rows.append([f"{name} (baseline)", f"{100 * share:.1f}", "", "", "", ""])
+    head = ["", "top-1, %", "GMACs", "M parameters", "images/s", "MB"]
+    return (
+        f"{table(head, rows)}\n\n{content['images']} validation images of solar cells, held out by "
+        "module; ± is one standard error; one seed; speed timed in turns, with its quartiles."
+    )
+
+
+def taken(content: dict[str, Any]) -> str:
+    """With what a benchmark was taken, in words."""
+    versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
+    return f"{content.get('device', content.get('machine'))}; {versions}; seed {content['seed']}."
+
+
 def pages() -> Iterator[tuple[Path, str]]:
     """(file, content as it should be) of every page with generated parts."""
     for card in cards():
@@ -223,6 +290,11 @@ def pages() -> Iterator[tuple[Path, str]]:
         text = filled(page.read_text(encoding="utf-8"), "settings", settings_table(card))
         numbers = measured(card.stem) or "Nothing has been measured for this page yet."
         yield page, filled(text, "measured", numbers)
+    readme = ROOT / "README.md"
+    yield readme, filled(readme.read_text(encoding="utf-8"), "quickstart", quickstart())
+    budgets = DOCS / "concepts" / "budgets.md"
+    text = filled(budgets.read_text(encoding="utf-8"), "flops", flops_budgets())
+    yield budgets, filled(text, "latency", timed_budgets())
     yield DOCS / "methods" / "index.md", methods_index()
     yield DOCS / "reference" / "cli.md", cli_reference()
 

@@ -31,8 +31,7 @@ def main() -> None:
     models = {"whole": model}
     for methods in (["magnitude"], ["magnitude", "token_reorganization"]):
         result = pv.compress(model, target_flops=options.budget, methods=methods)
-        for quantity, before, after in result.table():
-            print(f"{quantity:12} {before:>12} -> {after:>12}")
+        print(result)
         result.save_pretrained(options.out / "+".join(methods))
         models["+".join(methods)] = result.model.eval()
 

@@ -297,7 +297,8 @@ def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> 
 
 
 def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
-    listed = [methods] if isinstance(methods, str | Method) else list(methods or [DEFAULT])
+    given = DEFAULT if methods is None else methods
+    listed = [given] if isinstance(given, str | Method) else list(given)
     if not listed:
         raise BadSetting("methods is empty; name at least one.")
     found: list[Method] = []

@@ -26,7 +26,7 @@ from peft_vision.data.source import Split, open_split
 from peft_vision.errors import ArtifactError, MissingExtra
 from peft_vision.evaluation import evaluate
 from peft_vision.exporting import export
-from peft_vision.files import refuse_existing
+from peft_vision.files import refuse_existing, write_json_atomic
 from peft_vision.finetuning import finetune
 from peft_vision.loading import load
 from peft_vision.method import make, names
@@ -82,7 +82,7 @@ def quickstart(
     Takes some minutes on two CPU cores and needs no network.
 
     Args:
-        output: gets finetuned/, compressed/, model.onnx and report.html.
+        output: gets finetuned/, compressed/, model.onnx, report.html and figures.json.
         fast: a few steps on a few images, to see that everything works; the figures mean nothing.
         overwrite: replace what is in the output folder.
         say: is told, in one line each, what happens; by default it is logged.
@@ -134,6 +134,7 @@ def quickstart(
     outcome = Outcome(folder, figures, len(data.validation))
     with clock("write the report"):
         _write_report(outcome, (first, second), (dense, loaded), data)
+    write_json_atomic(folder / "figures.json", outcome.to_json())
     return outcome
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from peft_vision.artifact import versions
 from peft_vision.report.content import Command, Reading, Speed
 
 if TYPE_CHECKING:
@@ -72,6 +75,18 @@ class Outcome:
     def report(self) -> Path:
         """The report."""
         return self.folder / "report.html"
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON, with the versions and the machine they were taken with."""
+        return {
+            "images": self.images,
+            "fast": self.measured.fast,
+            "models": [asdict(reading) for reading in self.readings],
+            "baselines": dict(self.measured.baselines),
+            "seconds": dict(self.measured.seconds),
+            "versions": versions(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        }
 
     @property
     def readings(self) -> tuple[Reading, Reading, Reading]:

@@ -1,0 +1,153 @@
+"""Budgets of every kind, and what `compress` does around the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_vision as pv
+from peft_vision.cost import Timing, count_flops, example_input, time_on, twin
+from peft_vision.errors import BadSetting, BudgetUnreachable, UnknownName, UnsupportedSite
+from peft_vision.method import make
+
+Tiny = Callable[..., nn.Module]
+
+
+def test_a_params_budget(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    result = pv.compress(model, target_params=0.6)
+    assert 0.98 * 0.6 < result.cost.params / result.before.params <= 0.6
+    assert any("does not reduce params" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("unit", ["FLOPs", "MACs"])
+def test_an_absolute_flops_budget(tiny_timm: Tiny, unit: str) -> None:
+    model = tiny_timm()
+    half = pv.measure(model).flops / 2
+    asked = f"{half / (2 if unit == 'MACs' else 1) / 1e3:.3f}k{unit}"
+    result = pv.compress(model, target_flops=asked)
+    assert 0.98 * half < result.cost.flops <= half * 1.0001
+
+
+def test_the_whole_model_is_a_budget_that_changes_nothing(tiny_timm: Tiny) -> None:
+    model, x = tiny_timm(), torch.randn(2, 3, 32, 32)
+    result = pv.compress(model, target_flops=1.0)
+    assert result.plan.steps == ()
+    assert torch.equal(result.model(x), model(x))
+
+
+def test_out_of_reach_names_the_smallest(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    with pytest.raises(BudgetUnreachable, match=r"smallest .* is ([0-9.]+) GMACs") as caught:
+        pv.compress(model, target_flops=0.01, methods=["magnitude"])
+    strongest = make("magnitude")
+    cut = twin(model)
+    from peft_vision.backbones import view
+    from peft_vision.method import Evidence
+
+    strongest.apply(view(cut), strongest.decide(view(model), 1.0, Evidence()))
+    share = count_flops(cut, (3, 32, 32)) / pv.measure(model).flops
+    assert f"({share:.4f} of the model)" in str(caught.value)
+
+
+def test_a_method_named_must_work_a_default_one_is_left_out(tiny_timm: Tiny) -> None:
+    model = tiny_timm(class_token=False, global_pool="avg")
+    with pytest.raises(UnsupportedSite, match="class token"):
+        pv.compress(model, target_flops=0.6, methods=["token_reorganization"])
+    result = pv.compress(model, target_flops=0.6)
+    assert [step.method for step in result.plan.steps] == ["magnitude"]
+    assert any("class token" in note for note in result.notes)
+
+
+def test_methods_by_name_by_preset_and_as_objects(tiny_timm: Tiny) -> None:
+    model = tiny_timm()
+    for methods in ("magnitude", ["magnitude"], [make("magnitude", {"heads": False})], "evit"):
+        result = pv.compress(model, target_flops=0.85, methods=methods)
+        assert result.ratio <= 0.85
+    with pytest.raises(UnknownName, match="Nearest: magnitude"):
+        pv.compress(model, target_flops=0.5, methods="magnitud")
+    with pytest.raises(BadSetting, match="empty"):
+        pv.compress(model, target_flops=0.5, methods=[])
+
+
+def test_width_is_cut_before_tokens_whatever_the_order(tiny_timm: Tiny) -> None:
+    result = pv.compress(
+        tiny_timm(), target_flops=0.6, methods=["token_reorganization", "magnitude"]
+    )
+    assert [step.method for step in result.plan.steps] == ["magnitude", "token_reorganization"]
+
+
+def test_adapters_are_merged_first_and_the_model_is_untouched(tiny_timm: Tiny) -> None:
+    adapted = pv.wrap(tiny_timm(), "lora", r=2)
+    x = torch.randn(2, 3, 32, 32)
+    before = adapted.eval()(x)
+    result = pv.compress(adapted, target_flops=0.6)
+    assert all(step.method != "lora" for step in result.plan.steps)
+    assert not any("lora" in name for name, _ in result.model.named_parameters())
+    assert torch.equal(adapted(x), before)
+
+
+def test_figures_measured_before_are_not_carried_along(tiny_timm: Tiny) -> None:
+    adapted = pv.wrap(tiny_timm(), "lora", r=2)
+    adapted.history.metrics = {"top1": {"value": 0.9, "n": 100}}
+    adapted.history.labels = ["a", "b", "c", "d", "e"]
+    result = pv.compress(adapted, target_flops=0.6)
+    assert result.model.history.metrics == {}
+    assert result.model.history.labels == ["a", "b", "c", "d", "e"]
+
+
+def test_compressing_twice(tiny_timm: Tiny) -> None:
+    once = pv.compress(tiny_timm(), target_flops=0.8, methods=["magnitude"])
+    twice = pv.compress(once.model, target_flops=0.8, methods=["magnitude"])
+    assert 0.98 * 0.8 < twice.cost.flops / once.cost.flops <= 0.8
+    assert len(twice.plan.steps) == 2
+
+
+def timed_by_count(ms_per_flop: float) -> Any:
+    """A clock for which time is work: what the counter says."""
+
+    def clock(
+        models: Mapping[str, nn.Module], images: Tensor, *, rounds: int = 9, **_: Any
+    ) -> dict[str, Timing]:
+        size = tuple(images.shape[1:])
+        return {
+            name: Timing((ms_per_flop * count_flops(twin(model), size),) * rounds, images.shape[0])
+            for name, model in models.items()
+        }
+
+    return clock
+
+
+def test_a_latency_budget(tiny_timm: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_timm()
+    flops = pv.measure(model).flops
+    monkeypatch.setattr("peft_vision.compression.time_on", timed_by_count(10.0 / flops))
+    result = pv.compress(model, target_latency_ms=6.0)
+    assert 0.98 * 6.0 < result.got <= 6.0
+    assert 0.55 < result.ratio <= 0.6
+
+
+def test_a_latency_budget_out_of_reach(tiny_timm: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_timm()
+    flops = pv.measure(model).flops
+    monkeypatch.setattr("peft_vision.compression.time_on", timed_by_count(10.0 / flops))
+    with pytest.raises(BudgetUnreachable, match="ms"):
+        pv.compress(model, target_latency_ms=0.1)
+
+
+def test_models_are_timed_in_turns(tiny_timm: Tiny) -> None:
+    calls: list[str] = []
+    one, two = tiny_timm(), tiny_timm()
+    one.register_forward_hook(lambda *_: calls.append("one"))
+    two.register_forward_hook(lambda *_: calls.append("two"))
+    one.train()
+    found = time_on({"one": one, "two": two}, example_input(one, batch=2), rounds=3, warm_up=0)
+    assert calls == ["one", "two"] * 3
+    assert one.training
+    assert not two.training
+    assert len(found["one"].milliseconds) == 3
+    assert found["one"].images_per_second > 0
