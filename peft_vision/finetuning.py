@@ -83,7 +83,7 @@ def finetune(
     """
     plan = _recipe_of(recipe, words, output)
     say = say or logging.getLogger("peft_vision").info
-    state = joined(plan.train)
+    state = joined(plan.train.device)
     say = say if state.is_main_process else _silent
     folder = Path(plan.output).expanduser()
     wanted = identity.of_settings(plan.model_dump())
@@ -156,7 +156,7 @@ def _recipe_of(
 
 def _open_data(recipe: Recipe, say: Say) -> Split:
 
-    with joined(recipe.train).main_process_first():
+    with joined(recipe.train.device).main_process_first():
         data = open_split(recipe.data, recipe.seed)
     for note in data.notes:
         say(note)

@@ -32,7 +32,6 @@ PARTS = BlockParts(
         out="out_proj",
         heads=("num_heads",),
         dropout="dropout",
-        replies=2,
     ),
     mlp_parts=MlpParts(up=("fc1",), down="fc2"),
     mask="attention_mask",

@@ -41,7 +41,6 @@ PARTS = BlockParts(
         out="o_proj",
         heads=("num_attention_heads",),
         dropout="attention_dropout",
-        replies=2,
     ),
     mlp_parts=PLAIN,
     mask="attention_mask",

@@ -51,7 +51,6 @@ PARTS = BlockParts(
         heads=("num_heads",),
         dropout="dropout",
         rotate=rotate,
-        replies=2,
     ),
     mlp_parts=PLAIN,
     mask="attention_mask",

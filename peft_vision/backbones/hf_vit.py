@@ -32,7 +32,6 @@ PARTS = BlockParts(
         out="o_proj",
         heads=("num_attention_heads",),
         dropout="attention_dropout",
-        replies=2,
     ),
     mlp_parts=MlpParts(up=("fc1",), down="fc2"),
     mask="attention_mask",

@@ -36,7 +36,6 @@ class AttentionParts:
         dropout: Dropout module, or attribute holding the probability, on the attention weights.
         out_dropout: Dropout module after `out`, if any.
         rotate: applies rotary positions to queries or keys, for families that have them.
-        replies: how many values the module returns (transformers: output and weights).
     """
 
     qkv: tuple[str, ...]
@@ -52,7 +51,6 @@ class AttentionParts:
     dropout: str | None = None
     out_dropout: str | None = None
     rotate: Rotate | None = None
-    replies: int = 1
 
 
 def head_dim(attention: nn.Module, parts: AttentionParts) -> int:
@@ -146,7 +144,7 @@ class OpenAttention(nn.Module):
     """Somebody's attention module, computed from its parts.
 
     For families whose own forward assumes that heads x head_dim equals the width of the stream, and
-    therefore breaks when heads are removed. Input B N C; returns what the family's module returns.
+    therefore breaks when heads are removed. Input and output B N C.
     """
 
     def __init__(self, attention: nn.Module, parts: AttentionParts) -> None:

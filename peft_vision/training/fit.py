@@ -96,7 +96,7 @@ def _check(model: nn.Module, train_set: Dataset[Any]) -> None:
 def _arguments(
     settings: TrainSettings, folder: Path, seed: int, *, validated: bool
 ) -> TrainingArguments:
-    arguments = training_arguments(settings, folder, joined(settings).num_processes, seed)
+    arguments = training_arguments(settings, folder, joined(settings.device).num_processes, seed)
     if validated:
         arguments.eval_strategy = _strategy("steps" if settings.evaluate_every else "epoch")
         arguments.eval_steps = settings.evaluate_every

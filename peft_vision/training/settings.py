@@ -89,7 +89,7 @@ def uses_bf16(settings: TrainSettings) -> bool:
     """
     import torch
 
-    on_gpu = torch.cuda.is_available() and on_accelerator(settings)
+    on_gpu = torch.cuda.is_available() and on_accelerator(settings.device)
     has_it = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if settings.precision == "bf16" and on_gpu and not has_it:
         raise BadSetting(
@@ -107,7 +107,7 @@ def training_arguments(
     from transformers import TrainingArguments
 
     micro, passes = share_of(settings, processes)
-    accelerated = on_accelerator(settings)
+    accelerated = on_accelerator(settings.device)
     on_gpu = accelerated and torch.cuda.is_available()
     names = {
         "adamw": "adamw_torch_fused" if on_gpu else "adamw_torch",
