@@ -55,7 +55,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        found: dict[str, Tensor] = load_file(path)
+        # Views into the file lie at odd addresses, where kernels may sum in another order: a copy
+        # makes the outputs bit-exact, not only the weights.
+        found: dict[str, Tensor] = {name: t.clone() for name, t in load_file(path).items()}
     except SafetensorError as error:
         raise DamagedArtifact(f"{path} is not a safetensors file ({error}).") from error
     return found

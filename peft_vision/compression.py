@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,27 +13,22 @@ import torch
 from torch import nn
 
 from peft_vision.backbones import view
-from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Budget, Quantity, parse_one
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import (
     Cost,
-    count_flops,
-    example_input,
-    input_size,
     measure,
-    time_on,
-    twin,
     unwrap,
 )
 from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedSite
 from peft_vision.history import History, fingerprint
 from peft_vision.loading import load
-from peft_vision.method import Adapter, Evidence, Method, make
+from peft_vision.method import Adapter, Evidence, Method, make, name_of
 from peft_vision.plan import Decisions, Plan, Step
 from peft_vision.presets import expand
+from peft_vision.pricing import Pricing
 from peft_vision.search import Found, in_band, search
-from peft_vision.wrapping import is_adapted, merge, method_name
+from peft_vision.wrapping import is_adapted, merge
 
 DEFAULT = "balanced"
 
@@ -162,7 +156,7 @@ def compress(
     before = measure(base, image_size)
     history.before = history.before or before.to_json()
     history.fingerprint = history.fingerprint or fingerprint(base)
-    pricing = _Pricing(base, chosen, budget.quantity, image_size, batch_size)
+    pricing = Pricing(base, chosen, budget.quantity, image_size, batch_size)
     limit = budget.limit(pricing.base_cost(before))
     built = _find(base, chosen, Evidence(data), pricing, budget, before)
     smaller, found, cost, got = built.model, built.found, built.cost, built.got
@@ -198,7 +192,7 @@ def _find(
     base: nn.Module,
     methods: Sequence[Method],
     evidence: Evidence,
-    pricing: _Pricing,
+    pricing: Pricing,
     budget: Budget,
     before: Cost,
 ) -> _Built:
@@ -230,60 +224,8 @@ def apply_steps(model: nn.Module, methods: Sequence[Method], found: Found) -> li
     for method, decisions in zip(methods, found.decisions, strict=True):
         if decisions:
             method.apply(view(model), decisions)
-            steps.append(Step(method_name(method), method.settings(), found.strength, decisions))
+            steps.append(Step(name_of(method), method.settings(), found.strength, decisions))
     return steps
-
-
-class _Pricing:
-    """What a candidate costs: counted on a twin, or timed beside the dense model on its device."""
-
-    def __init__(
-        self,
-        base: nn.Module,
-        methods: Sequence[Method],
-        quantity: Quantity,
-        image_size: tuple[int, int] | int | None,
-        batch_size: int,
-    ) -> None:
-        self.base = base
-        self.methods = methods
-        self.quantity = quantity
-        self.size = input_size(base, image_size)
-        self.empty = twin(base)
-        self.batch_size = batch_size
-        self.dense_ms = 0.0
-
-    def base_cost(self, before: Cost) -> float:
-        """What the model that went in costs."""
-        return float(before.params if self.quantity == "params" else before.flops)
-
-    def __call__(self, decisions: list[Decisions]) -> float:
-        candidate = copy.deepcopy(self.base if self.quantity == "latency_ms" else self.empty)
-        for method, decided in zip(self.methods, decisions, strict=True):
-            if decided:
-                method.apply(view(candidate), decided)
-        if self.quantity == "params":
-            return float(sum(p.numel() for p in candidate.parameters()))
-        if self.quantity == "flops":
-            return float(count_flops(candidate, self.size))
-        return self._time(candidate, rounds=9)
-
-    def again(self, built: nn.Module, cost: Cost) -> float:
-        """The cost of the model that was built; timed anew where it is a time."""
-        if self.quantity == "latency_ms":
-            return self._time(built, rounds=25)
-        return float(cost.params if self.quantity == "params" else cost.flops)
-
-    def _time(self, candidate: nn.Module, rounds: int) -> float:
-        """Milliseconds: the ratio to the dense model in turns, times the dense model's own."""
-        images = example_input(self.base, self.size[1:], self.batch_size)
-        calls = 10 if device_of(self.base).type == "cuda" else 1
-        if not self.dense_ms:
-            alone = time_on({"dense": self.base}, images, rounds=25, calls=calls)
-            self.dense_ms = alone["dense"].median
-        both = time_on({"dense": self.base, "it": candidate}, images, rounds=rounds, calls=calls)
-        pairs = zip(both["it"].milliseconds, both["dense"].milliseconds, strict=True)
-        return statistics.median(it / dense for it, dense in pairs) * self.dense_ms
 
 
 def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> Any:
@@ -317,7 +259,7 @@ def _usable(
     """The methods that can act here and help; by default others are left out with a note."""
     backbone, kept, notes = view(base), [], []
     for method in methods:
-        name = method_name(method)
+        name = name_of(method)
         if isinstance(method, Adapter) or quantity not in method.reduces:
             notes.append(f"{name} was left out: it does not reduce {quantity}.")
             continue
@@ -352,7 +294,7 @@ def _require(
 def _message(
     budget: Budget, limit: float, base: float, found: Found, methods: Sequence[Method]
 ) -> str:
-    names = ", ".join(method_name(method) for method in methods)
+    names = ", ".join(name_of(method) for method in methods)
     say = _speaker(budget, base)
     asked = f"{budget.quantity} of at most {say(limit)} was asked (target {budget.asked})"
     if found.smallest > limit:

@@ -169,6 +169,19 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         raise BadSetting(f"{name}: {error}.") from error
 
 
+def name_of(method: Method) -> str:
+    """The name by which `find` gives the class of `method`: its file's stem, or its entry point.
+
+    A class that nobody registered is named by its module and class; its plan cannot be replayed.
+    """
+    cls = type(method)
+    stem = cls.__module__.rpartition(".")[2]
+    if cls.__module__ == f"peft_vision.{stems(*FOLDERS).get(stem)}.{stem}":
+        return stem
+    registered = (point.name for point in _entry_points() if point.load() is cls)
+    return next(registered, f"{cls.__module__}.{cls.__qualname__}")
+
+
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a setting outside [low, high].
 

@@ -13,7 +13,7 @@ from peft_vision.compressed import CompressedModel
 from peft_vision.cost import measure, unwrap
 from peft_vision.errors import BadSetting
 from peft_vision.history import History, fingerprint
-from peft_vision.method import Adapter, Evidence, Method, make
+from peft_vision.method import Adapter, Evidence, Method, make, name_of
 from peft_vision.plan import Step
 from peft_vision.presets import expand
 
@@ -79,7 +79,7 @@ def _wrap_one(
         history.before = measure(inner, image_size).to_json()
     if history.fingerprint is None:
         history.fingerprint = fingerprint(inner, [site.layer for site in backbone.classifier])
-    step = Step(method_name(method), method.settings(), method.strength, decisions)
+    step = Step(name_of(method), method.settings(), method.strength, decisions)
     method.apply(backbone, step.decisions)
     if isinstance(method, Adapter):
         return adapt(backbone, method, history.then(step), image_size=image_size)
@@ -119,11 +119,6 @@ def base_name(history: History) -> str | None:
     """The base's name as a user would type it."""
     source = history.source
     return f"{source['source']}/{source['name']}" if source and source.get("name") else None
-
-
-def method_name(method: Method) -> str:
-    """The name a method is found by: its file's stem."""
-    return type(method).__module__.rpartition(".")[2]
 
 
 def is_adapted(model: nn.Module) -> bool:

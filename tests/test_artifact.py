@@ -73,6 +73,18 @@ def test_reload_in_a_fresh_process_is_bit_exact(saved: Path, tmp_path: Path) -> 
     assert torch.equal(torch.load(there, weights_only=True), here)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_outputs_are_bit_exact_at_every_batch_size(
+    tiny_timm: Tiny, tmp_path: Path, batch: int
+) -> None:
+    model = pv.wrap(tiny_timm(), "magnitude", ratio=0.5).eval()
+    model.save_pretrained(tmp_path / "out")
+    again = pv.load(tmp_path / "out")
+    for _ in range(5):
+        x = torch.randn(batch, 3, 32, 32)
+        assert torch.equal(again(x), model(x))
+
+
 def test_the_folder_holds_no_pickle(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == [
         "README.md",

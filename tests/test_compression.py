@@ -125,7 +125,7 @@ def timed_by_count(ms_per_flop: float) -> Any:
 def test_a_latency_budget(tiny_timm: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_timm()
     flops = pv.measure(model).flops
-    monkeypatch.setattr("peft_vision.compression.time_on", timed_by_count(10.0 / flops))
+    monkeypatch.setattr("peft_vision.pricing.time_on", timed_by_count(10.0 / flops))
     result = pv.compress(model, target_latency_ms=6.0)
     assert 0.98 * 6.0 < result.got <= 6.0
     assert 0.55 < result.ratio <= 0.6
@@ -134,7 +134,7 @@ def test_a_latency_budget(tiny_timm: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_latency_budget_out_of_reach(tiny_timm: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_timm()
     flops = pv.measure(model).flops
-    monkeypatch.setattr("peft_vision.compression.time_on", timed_by_count(10.0 / flops))
+    monkeypatch.setattr("peft_vision.pricing.time_on", timed_by_count(10.0 / flops))
     with pytest.raises(BudgetUnreachable, match="ms"):
         pv.compress(model, target_latency_ms=0.1)
 

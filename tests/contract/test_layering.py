@@ -35,7 +35,7 @@ HEIGHTS = (
     ("tasks", "data"),
     ("history", "card", "artifact", "hub", "tracing", "exporting", "report", "training"),
     ("adapted", "compressed", "wrapping", "loading"),
-    ("search", "compression", "evaluation", "recovery"),
+    ("search", "pricing", "compression", "evaluation", "recovery"),
     ("recipe", "finetuning", "quickstart"),
     ("cli",),
     ("__init__", "__main__"),
