@@ -17,7 +17,7 @@ from peft_vision.history import History, fingerprint
 from peft_vision.hub import download, is_repo_id
 from peft_vision.method import Adapter, Method, make
 from peft_vision.plan import Plan
-from peft_vision.sources import Spec, build, create_model
+from peft_vision.sources import Spec, build, create_model, source_names
 from peft_vision.wrapping import adapt
 
 
@@ -66,6 +66,9 @@ def open_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Modul
         return loaded
     if path.is_dir():
         return create_model(f"transformers/{path}", pretrained=pretrained, **kwargs)
+    if is_repo_id(name) and name.partition("/")[0] not in source_names():
+        fetched: nn.Module = load(name)
+        return fetched
     return create_model(name, pretrained=pretrained, **kwargs)
 
 
@@ -74,11 +77,18 @@ def _folder(name: str | Path, revision: str | None) -> Path:
     if path.is_dir():
         return path
     if is_repo_id(str(name)):
-        return download(str(name), revision=revision)
+        return _downloaded(str(name), revision)
     raise ArtifactError(
         f"There is no folder {name}. Possible: a folder written by save_pretrained or by a "
         "peft-vision command, or a repository user/repo."
     )
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    try:
+        return download(name, revision=revision)
+    except PeftVisionError as error:
+        raise type(error)(f"There is no folder {name} here. As a repository: {error}") from error
 
 
 def _history(content: dict[str, Any]) -> History:

@@ -55,6 +55,13 @@ def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
     refused(run("show", "resnet51"), "resnet")
 
 
+def test_a_missing_folder_is_named_before_the_hub_is() -> None:
+    for verb in ("show", "export"):
+        result = run(verb, "runs/nothing")
+        assert result.exit_code in {1, 2}
+        assert "There is no folder runs/nothing here" in result.output.replace("\n", " ")
+
+
 def test_an_output_that_exists_needs_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -34,7 +34,7 @@ def create_model(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Mod
         ArtifactError: the weights cannot be had (no connection, no such repository).
     """
     source, _, rest = name.partition("/")
-    if rest and source in _sources():
+    if rest and source in source_names():
         return _source(source).build({"name": rest, "kwargs": kwargs}, weights=pretrained)  # type: ignore[no-any-return]
     if not rest and name in _source("timm").names():
         return create_model(f"timm/{name}", pretrained=pretrained, **kwargs)
@@ -97,7 +97,7 @@ def _is_plain(value: Any) -> bool:
 
 def _guess(model: nn.Module) -> Spec | None:
     origins = {cls.__module__ for cls in type(model).__mro__}
-    for stem in _sources():
+    for stem in source_names():
         source = _source(stem)
         if any(origin.startswith(tuple(source.MODULES)) for origin in origins):
             spec: Spec | None = source.spec_of(model)
@@ -113,7 +113,7 @@ def build(spec: Spec, *, weights: bool = False, device: str = "cpu") -> nn.Modul
         ArtifactError: the spec names a source or a model that does not exist here.
     """
     name = str(spec.get("source"))
-    if name not in _sources():
+    if name not in source_names():
         raise ArtifactError(
             f"The artifact's base comes from {name!r}, which is not a known source."
         )
@@ -122,11 +122,12 @@ def build(spec: Spec, *, weights: bool = False, device: str = "cpu") -> nn.Modul
     return model
 
 
-def _sources() -> list[str]:
+def source_names() -> list[str]:
+    """What a model's name may begin with, before the slash."""
     return list(stems("sources"))
 
 
 def _source(stem: str) -> ModuleType:
-    if stem not in _sources():
-        raise unknown("source", stem, _sources())
+    if stem not in source_names():
+        raise unknown("source", stem, source_names())
     return importlib.import_module(f"{__name__}.{stem}")
