@@ -102,7 +102,7 @@ class TestRun:
 
     def test_nothing_is_left_lying_about(self, done: Outcome) -> None:
         found = {path.name for path in done.folder.iterdir()}
-        assert found == {"finetuned", "compressed", "model.onnx", "report.html"}
+        assert found == {"finetuned", "compressed", "model.onnx", "report.html", "figures.json"}
 
     def test_speeds_have_a_spread(self, done: Outcome) -> None:
         for reading in (done.readings[0], done.readings[-1]):
