@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from peft_vision.artifact import ADAPTER, WEIGHTS, read_weights, write_record, w
 from peft_vision.backbones import view
 from peft_vision.cost import example_input_of, input_size, measure, twin
 from peft_vision.errors import DamagedArtifact, GradientMissing
-from peft_vision.files import refuse_existing, staged_folder, writing
+from peft_vision.files import staged_folder, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
 
@@ -67,7 +66,6 @@ class AdaptedModel(peft.PeftModel):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._write(folder, **kwargs)
             return
-        refuse_existing(folder, overwrite=overwrite)
         with staged_folder(folder, overwrite=overwrite) as stage:
             self._write(stage)
 
@@ -143,8 +141,3 @@ def _total(output: Any) -> Tensor:
     tensors = output.values() if isinstance(output, Mapping) else output
     parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
     return torch.stack(parts).sum()
-
-
-def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """The adapter layers inside a model."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

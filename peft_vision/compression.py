@@ -26,7 +26,7 @@ from peft_vision.loading import load
 from peft_vision.method import Adapter, Evidence, Method, make, name_of
 from peft_vision.plan import Decisions, Plan, Step
 from peft_vision.presets import expand
-from peft_vision.pricing import Pricing
+from peft_vision.pricing import Pricing, apply_all
 from peft_vision.search import Found, in_band, search
 from peft_vision.wrapping import is_adapted, merge
 
@@ -73,16 +73,12 @@ class Result:
 
     def table(self) -> list[tuple[str, str, str]]:
         """Rows of (quantity, before, after)."""
-        before, after = view(unwrap(self.model)), self.cost
+        after, left = self.cost, _kinds(unwrap(self.model))
         return [
             ("GMACs", f"{self.before.gmacs:.4f}", f"{after.gmacs:.4f}"),
             ("parameters", f"{self.before.params:,}", f"{after.params:,}"),
             ("bytes", f"{self.before.bytes:,}", f"{after.bytes:,}"),
-            *[
-                (kind, str(self.kinds[kind]), str(_members(before, kind)))
-                for kind in ("heads", "hidden")
-                if kind in self.kinds
-            ],
+            *[(kind, str(count), str(left[kind])) for kind, count in self.kinds.items()],
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -152,27 +148,27 @@ def compress(
     history = History.of(model)
     base = unwrap(merge(model)) if is_adapted(model) else unwrap(model)
     history = history.without_adapters()
-    chosen, notes = _usable(base, _resolve(methods), budget.quantity, explicit=methods is not None)
+    evidence, explicit = Evidence(data), methods is not None
+    chosen, notes = _usable(base, _resolve(methods), budget.quantity, evidence, explicit=explicit)
     before = measure(base, image_size)
     history.before = history.before or before.to_json()
     history.fingerprint = history.fingerprint or fingerprint(base)
     pricing = Pricing(base, chosen, budget.quantity, image_size, batch_size)
     limit = budget.limit(pricing.base_cost(before))
-    built = _find(base, chosen, Evidence(data), pricing, budget, before)
-    smaller, found, cost, got = built.model, built.found, built.cost, built.got
+    built = _find(base, chosen, evidence, pricing, budget, before)
     history = history.then(*built.steps)
     return Result(
-        model=CompressedModel(smaller, history),
+        model=CompressedModel(built.model, history),
         before=before,
-        cost=cost,
+        cost=built.cost,
         budget=budget,
         limit=limit,
-        got=got,
+        got=built.got,
         plan=history.plan,
         seconds=time.perf_counter() - start,
-        tried=found.tried,
+        tried=built.found.tried,
         notes=notes,
-        kinds={k: _members(view(base), k) for k in ("heads", "hidden") if getattr(view(base), k)},
+        kinds=_kinds(base),
     )
 
 
@@ -220,12 +216,12 @@ def _find(
 
 def apply_steps(model: nn.Module, methods: Sequence[Method], found: Found) -> list[Step]:
     """Apply what was found, in place; the steps for the plan."""
-    steps = []
-    for method, decisions in zip(methods, found.decisions, strict=True):
-        if decisions:
-            method.apply(view(model), decisions)
-            steps.append(Step(name_of(method), method.settings(), found.strength, decisions))
-    return steps
+    apply_all(model, methods, found.decisions)
+    return [
+        Step(name_of(method), method.settings(), found.strength, decisions)
+        for method, decisions in zip(methods, found.decisions, strict=True)
+        if decisions
+    ]
 
 
 def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> Any:
@@ -254,7 +250,12 @@ def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Meth
 
 
 def _usable(
-    base: nn.Module, methods: list[Method], quantity: Quantity, *, explicit: bool
+    base: nn.Module,
+    methods: list[Method],
+    quantity: Quantity,
+    evidence: Evidence,
+    *,
+    explicit: bool,
 ) -> tuple[list[Method], list[str]]:
     """The methods that can act here and help; by default others are left out with a note."""
     backbone, kept, notes = view(base), [], []
@@ -264,7 +265,7 @@ def _usable(
             notes.append(f"{name} was left out: it does not reduce {quantity}.")
             continue
         try:
-            method.decide(backbone, method.strength or 0.5, Evidence())
+            method.decide(backbone, method.strength or 0.5, evidence)
         except UnsupportedSite as error:
             if explicit:
                 raise
@@ -321,5 +322,11 @@ def _speaker(budget: Budget, base: float) -> Any:
     return say
 
 
-def _members(backbone: Any, kind: str) -> int:
-    return sum(site.count for site in getattr(backbone, kind))
+def _kinds(model: nn.Module) -> dict[str, int]:
+    """How many heads and hidden units there are, where they are told apart."""
+    backbone = view(model)
+    counts = {
+        "heads": sum(site.count for site in backbone.heads),
+        "hidden": sum(site.count for site in backbone.hidden),
+    }
+    return {kind: count for kind, count in counts.items() if count}

@@ -88,9 +88,8 @@ def example_input(
     """
     model = unwrap(model)
     channels, height, width = input_size(model, image_size)
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
-    dtype = first.dtype if first is not None else torch.float32
-    return torch.randn(batch, channels, height, width, device=device_of(model), dtype=dtype)
+    size = (batch, channels, height, width)
+    return torch.randn(size, device=device_of(model), dtype=_dtype_of(model))
 
 
 def input_size(
@@ -146,8 +145,11 @@ def count_flops(meta: nn.Module, size: tuple[int, int, int]) -> int:
 
 def example_input_of(meta: nn.Module, size: tuple[int, int, int]) -> Tensor:
     """One empty image on `meta`, in the model's dtype."""
-    dtype = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
-    return torch.empty(1, *size, device="meta", dtype=dtype)
+    return torch.empty(1, *size, device="meta", dtype=_dtype_of(meta))
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

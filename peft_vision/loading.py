@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from peft_vision.artifact import ADAPTER, WEIGHTS, read_record, read_weights
 from peft_vision.backbones import view
 from peft_vision.compressed import CompressedModel
+from peft_vision.cost import unwrap
 from peft_vision.errors import ArtifactError, DamagedArtifact, PeftVisionError, WrongBase
 from peft_vision.history import History, fingerprint
 from peft_vision.hub import download, is_repo_id
@@ -30,9 +32,8 @@ def load(
 ) -> Any:
     """Load a saved folder, or a repository of the Hub.
 
-    A compressed model comes back from the folder alone. An adapter needs its base: the one given,
-    or
-    the one that the record names, whose weights have to be the same.
+    A compressed model comes back from the folder alone. An adapter needs its base: the one
+    given, or the one that the record names, whose weights have to be the same.
 
     Args:
         name: a folder, or ``user/repo``.
@@ -106,8 +107,8 @@ def _history(content: dict[str, Any]) -> History:
 def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
     if not (folder / WEIGHTS).is_file():
         raise DamagedArtifact(f"{folder} has no {WEIGHTS}. Other formats are never read.")
-    model = replay(_structure(history.source, base), history)
-    plain: nn.Module = model.plain_model  # type: ignore[assignment]
+    model: nn.Module = replay(_structure(history.source, base), history, empty=True)
+    plain = unwrap(model)
     try:
         plain.load_state_dict(read_weights(folder / WEIGHTS), strict=True, assign=True)
     except RuntimeError as error:
@@ -121,10 +122,14 @@ def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> 
     return model
 
 
-def replay(model: nn.Module, history: History) -> nn.Module:
-    """Apply a plan to a base without weights; the model comes back wrapped."""
-    so_far = History(**{**vars(history), "plan": Plan()})
-    wrapped: nn.Module | None = None
+def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
+    """Apply a plan to a base, in place; the model comes back wrapped.
+
+    Args:
+        empty: the base has no weights yet; adapters are left without numbers, too.
+    """
+    so_far = replace(history, plan=Plan())
+    wrapped: Any = None
     for step in history.plan.steps:
         method = _method(step.method, dict(step.settings))
         backbone = view(model)
@@ -134,10 +139,10 @@ def replay(model: nn.Module, history: History) -> nn.Module:
         except KeyError as error:
             raise DamagedArtifact(f"The plan names a site {error} that the base lacks.") from error
         if isinstance(method, Adapter):
-            wrapped = adapt(backbone, method, so_far, empty=True)
+            wrapped = adapt(backbone, method, so_far, empty=empty)
     if wrapped is None:
         return CompressedModel(model, history)
-    wrapped.history = history  # type: ignore[assignment]
+    wrapped.history = history
     return wrapped
 
 
@@ -170,6 +175,7 @@ def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.
 
     if not (folder / ADAPTER).is_file():
         raise DamagedArtifact(f"{folder} has no {ADAPTER}. Other formats are never read.")
+    _require_adapters(history)
     plain = copy.deepcopy(base) if base is not None else _pretrained(history)
     skip = [site.layer for site in view(plain).classifier]
     if history.fingerprint and fingerprint(plain, skip) != history.fingerprint:
@@ -178,26 +184,16 @@ def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.
             + (f" ({history.source['source']}/{history.source['name']})" if history.source else "")
             + ". Pass the right one: load(folder, base=model)."
         )
-    model = replay_on(plain, history)
+    model = replay(plain, history, empty=False)
     load_adapter_weights(model, folder)
     adapted: nn.Module = model
     return adapted
 
 
-def replay_on(model: nn.Module, history: History) -> Any:
-    """Put adapters onto a base that has its weights."""
-    steps, so_far = history.plan.steps, History(**{**vars(history), "plan": Plan()})
-    wrapped: Any = model
-    for step in steps:
-        method = _method(step.method, dict(step.settings))
-        if not isinstance(method, Adapter):
+def _require_adapters(history: History) -> None:
+    for step in history.plan.steps:
+        if not isinstance(_method(step.method, dict(step.settings)), Adapter):
             raise DamagedArtifact(f"An adapter folder holds a step of {step.method}.")
-        backbone = view(model)
-        so_far = so_far.then(step)
-        method.apply(backbone, step.decisions)
-        wrapped = adapt(backbone, method, so_far)
-    wrapped.history = history
-    return wrapped
 
 
 def _pretrained(history: History) -> nn.Module:

@@ -68,9 +68,8 @@ class Evidence:
 class Method(ABC):
     """A technique and its settings. Subclasses are frozen dataclasses; their fields are settings.
 
-    `decide` may look at weights and data and returns JSON per site. `apply` carries decisions out
-    in
-    place; it reads no weight values, is deterministic and works on the `meta` device.
+    `decide` may look at weights and data and returns JSON per site. `apply` carries decisions
+    out in place; it reads no weight values, is deterministic and works on the `meta` device.
     """
 
     needs: ClassVar[Need] = Need.NOTHING

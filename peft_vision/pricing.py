@@ -16,6 +16,13 @@ from peft_vision.method import Method
 from peft_vision.plan import Decisions
 
 
+def apply_all(model: nn.Module, methods: Sequence[Method], decisions: Sequence[Decisions]) -> None:
+    """Apply each method's decisions, in place and in order; empty ones change nothing."""
+    for method, decided in zip(methods, decisions, strict=True):
+        if decided:
+            method.apply(view(model), decided)
+
+
 class Pricing:
     """What a candidate costs: counted on a twin, or timed beside the dense model on its device."""
 
@@ -42,9 +49,7 @@ class Pricing:
     def __call__(self, decisions: list[Decisions]) -> float:
         """What the model costs after these decisions, one set per method."""
         candidate = copy.deepcopy(self.base if self.quantity == "latency_ms" else self.empty)
-        for method, decided in zip(self.methods, decisions, strict=True):
-            if decided:
-                method.apply(view(candidate), decided)
+        apply_all(candidate, self.methods, decisions)
         if self.quantity == "params":
             return float(sum(p.numel() for p in candidate.parameters()))
         if self.quantity == "flops":

@@ -1,8 +1,7 @@
 """Finding strengths that meet a budget: bisection on one scalar, then filling site by site.
 
 Nothing here knows a method, a model or a unit: a candidate is a set of decisions, and a function
-says
-what it costs.
+says what it costs.
 """
 
 from __future__ import annotations
@@ -68,10 +67,9 @@ class _Counted:
 def search(decide: Decide, price: Price, limit: float, *, exact: bool = True) -> Found:
     """The largest candidate that costs at most `limit`.
 
-    Cost has to be non-increasing in strength. After the common strength is bracketed, single kinds
-    of
-    sites and then single sites are given back strength while the limit holds, so that the result is
-    as fine as the finest site allows.
+    Cost has to be non-increasing in strength. After the common strength is bracketed, single
+    kinds of sites and then single sites are given back strength while the limit holds, so that
+    the result is as fine as the finest site allows.
 
     Args:
         exact: False for a cost that is measured rather than counted: then nothing is filled (many

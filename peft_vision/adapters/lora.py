@@ -1,8 +1,7 @@
 """LoRA (Hu et al., ICLR 2022) through PEFT, on targets taken from sites.
 
 The adapter is an ordinary PEFT folder. PEFT's names of layers are never typed by hand: the
-backbone's
-view says which layers are attention, MLP and classifier, for every family.
+backbone's view says which layers are attention, MLP and classifier, for every family.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Keep some rows or columns of a layer: one rule per layer class, nothing guesses.
 
-A wrapper of somebody's layer registers its own rule (``keep_outputs.register(ItsClass)``), so that
-a
-wrapped layer can be cut like the plain one.
+A wrapper of somebody's layer registers its own rule (``keep_outputs.register(ItsClass)``), so
+that a wrapped layer can be cut like the plain one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The blocks of a transformer as one module, so that tokens may leave on the way.
 
-A Trunk takes the place of a model's list of blocks as its only element: the model's own loop calls
-it
-once. Which tokens are left is then a local variable of one forward pass, which keeps the model
-re-entrant and exportable; a state shared between separate blocks would be neither.
+A Trunk takes the place of a model's list of blocks as its only element: the model's own loop
+calls it once. Which tokens are left is then a local variable of one forward pass, which keeps the
+model re-entrant and exportable; a state shared between separate blocks would be neither.
 """
 
 from __future__ import annotations

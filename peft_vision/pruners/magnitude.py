@@ -1,8 +1,8 @@
 """Magnitude pruning of heads and hidden units: the baseline that others have to beat.
 
-The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a time,
-so
-that the model becomes physically smaller. Nothing is compensated; recover by fine-tuning.
+The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a
+time, so that the model becomes physically smaller. Nothing is compensated; recover by
+fine-tuning.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 At a few depths, between attention and MLP, the patches that the class token attends to least are
 dropped, or fused into one token. The fused attention kernel stays: only the class token's row of
-the
-attention map is recomputed beside it.
+the attention map is recomputed beside it.
 """
 
 from __future__ import annotations

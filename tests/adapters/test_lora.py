@@ -10,12 +10,18 @@ import torch
 from torch import nn
 
 import peft_vision as pv
-from peft_vision.adapted import adapter_layers, prove_gradient
+from peft_vision.adapted import prove_gradient
 from peft_vision.backbones import view
 from peft_vision.errors import BadSetting, GradientMissing, UnsupportedSite
 from tests.families import FAMILIES
 
 Tiny = Callable[..., nn.Module]
+
+
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def test_targets_by_group_and_role(tiny_timm: Tiny) -> None:
