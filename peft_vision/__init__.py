@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from peft_vision.exporting import export as export
     from peft_vision.finetuning import finetune as finetune
     from peft_vision.loading import load as load
+    from peft_vision.merging import merge as merge
     from peft_vision.method import names as methods  # noqa: F401
     from peft_vision.recovery import recover as recover
     from peft_vision.sources import create_model as create_model
-    from peft_vision.wrapping import merge as merge
     from peft_vision.wrapping import wrap as wrap
 
 _PUBLIC = {
@@ -30,7 +30,7 @@ _PUBLIC = {
     "finetune": ("peft_vision.finetuning", "finetune"),
     "load": ("peft_vision.loading", "load"),
     "measure": ("peft_vision.cost", "measure"),
-    "merge": ("peft_vision.wrapping", "merge"),
+    "merge": ("peft_vision.merging", "merge"),
     "methods": ("peft_vision.method", "names"),
     "recover": ("peft_vision.recovery", "recover"),
     "view": ("peft_vision.backbones", "view"),

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft.utils import set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
-from peft_vision.artifact import ADAPTER, WEIGHTS, read_weights, write_record, write_weights
+from peft_vision.artifact import (
+    ADAPTER,
+    PARTS,
+    WEIGHTS,
+    read_weights,
+    write_record,
+    write_weights,
+)
 from peft_vision.backbones import view
 from peft_vision.cost import example_input_of, input_size, measure, twin
-from peft_vision.errors import DamagedArtifact, GradientMissing
-from peft_vision.files import staged_folder, writing
+from peft_vision.errors import DamagedArtifact, GradientMissing, UnsupportedSite
+from peft_vision.files import staged_folder, write_json_atomic, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
+from peft_vision.method import Adapter, make
+
+CONFIG = "adapter_config.json"
 
 
 class AdaptedModel(peft.PeftModel):
-    """A backbone with PEFT adapters; calls like the model that went in.
+    """A backbone with adapters; calls like the model that went in.
 
     Attributes:
         history: where it came from and what was done.
     """
 
     def __init__(
-        self, model: nn.Module, config: peft.PeftConfig, history: History, **kwargs: Any
+        self, model: nn.Module, config: peft.PeftConfig | None, history: History, **kwargs: Any
     ) -> None:
+        vars(model).pop("peft_config", None)  # of a wrapper that this one takes the place of
+        config = config or peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+        config.base_model_name_or_path = base_name(history)
         with warnings.catch_warnings():
             # PEFT still asks transformers models by the old name of their checkpointing switch.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -43,12 +59,70 @@ class AdaptedModel(peft.PeftModel):
         inner: nn.Module = self.base_model.model
         return inner
 
+    @property
+    def injected(self) -> peft.PeftConfig | None:
+        """What PEFT injected; None when all of the adapter is parts of our own."""
+        config = self.peft_config["default"]
+        none = getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES
+        return None if none else config
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        """Trained parameters that PEFT did not inject, by their names in the plain model."""
+        backbone = view(self.plain_model)
+        wanted = {
+            id(getattr(owner, attribute))
+            for step in self.history.plan.steps
+            if isinstance(method := make(step.method, dict(step.settings)), Adapter)
+            for owner, attribute in method.trained(backbone, step.decisions)
+        }
+        return {n: p for n, p in self.plain_model.named_parameters() if id(p) in wanted}
+
+    def train_parts(self) -> None:
+        """Have the parts trained; what PEFT injected is already."""
+        for parameter in self.parts().values():
+            parameter.requires_grad_(True)
+
+    def foreign(self) -> str:
+        """Why plain PEFT cannot carry this adapter to a plain base; empty when it can."""
+        backbone = view(self.plain_model)
+        if self.history.changed_structure:
+            return "the base's structure was changed"
+        for step in self.history.plan.steps:
+            method = make(step.method, dict(step.settings))
+            reason = isinstance(method, Adapter) and method.foreign(backbone, step.decisions)
+            if reason:
+                return f"{step.method}: {reason}"
+        if backbone.bypassed:
+            return (
+                f"{type(backbone.core).__name__} reads the weights of its linears instead of "
+                "calling them, and plain PEFT's adapters on them would do nothing"
+            )
+        trained = ", ".join(list(self.parts())[:2])
+        return f"it trains {trained}, for which PEFT has no words" if trained else ""
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute as the base does, for a while.
+
+        Raises:
+            UnsupportedSite: some part is in place that cannot be switched off.
+        """
+        parts = list(self.parts())
+        if parts:
+            raise UnsupportedSite(
+                f"The adapter trains parts of the model itself ({', '.join(parts[:3])}) and cannot "
+                "be switched off. Build the base beside it instead."
+            )
+        with super().disable_adapter():
+            yield
+
     def save_pretrained(
         self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any
     ) -> None:
         """Save the adapter as a plain PEFT folder, with `peft_vision.json` and a model card.
 
-        Where the base's structure was changed too, its weights are saved beside the adapter.
+        Where the base's structure was changed too, its weights are saved beside the adapter. A
+        folder that plain PEFT cannot carry to a plain base says so when plain PEFT opens it.
 
         Args:
             save_directory: the folder.
@@ -73,25 +147,68 @@ class AdaptedModel(peft.PeftModel):
         """Save and upload; see `peft_vision.hub.push_model`."""
         return push_model(self, repo_id, **kwargs)
 
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """What PEFT injected, by PEFT's names."""
+        return dict(get_peft_model_state_dict(self, save_embedding_layers=False))
+
+    def load_tensors(self, injected: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Put tensors into what PEFT injected and into the parts; each has to find its place.
+
+        Raises:
+            DamagedArtifact: one does not, or one is lacking.
+        """
+        result = set_peft_model_state_dict(self, dict(injected))
+        own = self.parts()
+        lost = [*result.unexpected_keys, *(own.keys() ^ parts.keys())]
+        if lost or self.adapter_tensors().keys() - set(injected):
+            raise DamagedArtifact(
+                f"The adapter's tensors and its places do not match, first {lost[:3]}."
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if parameter.shape != parts[name].shape:
+                    raise DamagedArtifact(
+                        f"{name} is {tuple(parts[name].shape)} in the folder and "
+                        f"{tuple(parameter.shape)} in the model."
+                    )
+                parameter.copy_(parts[name])
+
     def _write(self, folder: Path, **kwargs: Any) -> None:
         if not kwargs.get("is_main_process", True):
             return
         # "auto" would ask the Hub for the base's vocabulary.
         super().save_pretrained(str(folder), save_embedding_layers=False, **kwargs)
-        if self.history.changed_structure:
+        changed, parts = self.history.changed_structure, self.parts()
+        if changed:
             write_weights(folder / WEIGHTS, self.plain_model.state_dict())
-        kind = "compressed" if self.history.changed_structure else "adapter"
+        elif parts:
+            write_weights(folder / PARTS, dict(parts))
+        if reason := self.foreign():
+            _refuse_plain_peft(folder / CONFIG, reason)
+        kind = "compressed" if changed else "adapter"
         write_record(folder, kind, self.history, self._cost(), self.plain_model)
 
     def _cost(self) -> dict[str, Any] | None:
         return measure(self.plain_model).to_json() if view(self.plain_model).input_size else None
 
 
+def _refuse_plain_peft(config: Path, reason: str) -> None:
+    """Have plain PEFT fail with a reason: it looks its type up in a table, and shows the key."""
+    content = json.loads(config.read_text())
+    content["peft_type"] = f"PEFT_VISION: open this folder with peft_vision.load ({reason})"
+    write_json_atomic(config, content)
+
+
+def base_name(history: History) -> str | None:
+    """The base's name as a user would type it."""
+    source = history.source
+    return f"{source['source']}/{source['name']}" if source and source.get("name") else None
+
+
 def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
     """Put the adapter's tensors of a folder into `model`; every one has to find its place."""
-    result = set_peft_model_state_dict(model, read_weights(folder / ADAPTER))
-    if result.unexpected_keys:
-        raise DamagedArtifact(f"{folder} holds adapter tensors without a place: {result}.")
+    parts = read_weights(folder / PARTS) if (folder / PARTS).is_file() else {}
+    model.load_tensors(read_weights(folder / ADAPTER), parts)
 
 
 USUAL_SIZE = 224

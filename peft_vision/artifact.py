@@ -18,6 +18,7 @@ SCHEMA = 1
 RECORD = "peft_vision.json"
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
+PARTS = "parts.safetensors"
 CARD = "README.md"
 PACKAGES = ("peft-vision", "torch", "timm", "transformers", "peft", "safetensors")
 
@@ -74,6 +75,7 @@ def write_record(
         "source": history.source,
         "fingerprint": history.fingerprint,
         "plan": history.plan.to_json(),
+        "merged": history.merged,
         "cost": {"before": history.before, "after": after},
         "metrics": history.metrics,
         "labels": history.labels,

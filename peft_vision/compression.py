@@ -23,12 +23,13 @@ from peft_vision.cost import (
 from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedSite
 from peft_vision.history import History, fingerprint
 from peft_vision.loading import load
+from peft_vision.merging import merge
 from peft_vision.method import Adapter, Evidence, Method, make, name_of
 from peft_vision.plan import Decisions, Plan, Step
 from peft_vision.presets import expand
 from peft_vision.pricing import Pricing, apply_all
 from peft_vision.search import Found, in_band, search
-from peft_vision.wrapping import is_adapted, merge
+from peft_vision.wrapping import is_adapted
 
 DEFAULT = "balanced"
 
@@ -145,9 +146,7 @@ def compress(
     """
     start = time.perf_counter()
     budget = parse_one(target_flops, target_params, target_latency_ms)
-    history = History.of(model)
-    base = unwrap(merge(model)) if is_adapted(model) else unwrap(model)
-    history = history.without_adapters()
+    base, history = _without_adapters(model)
     evidence, explicit = Evidence(data), methods is not None
     chosen, notes = _usable(base, _resolve(methods), budget.quantity, evidence, explicit=explicit)
     before = measure(base, image_size)
@@ -232,6 +231,16 @@ def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> 
             return [method.decide(backbone, strength, evidence) for method in methods]
 
     return decide
+
+
+def _without_adapters(model: nn.Module) -> tuple[nn.Module, History]:
+    """The plain model with adapters folded in, and what was done to it besides."""
+    history = History.of(model)
+    if not is_adapted(model):
+        return unwrap(model), history
+    merged = merge(model)
+    own = getattr(merged, "history", None)
+    return unwrap(merged), own if isinstance(own, History) else history.without_adapters()
 
 
 def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:

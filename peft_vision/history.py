@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_vision.method import Adapter, find
+from peft_vision.method import Adapter, Method, find
 from peft_vision.plan import Plan, Step
 from peft_vision.sources import Spec, spec_of
 
@@ -24,6 +24,8 @@ class History:
     Attributes:
         source: how to build the base architecture again; None when only the user can.
         plan: every step since.
+        merged: adapters were folded into the weights; steps of theirs that are left in the plan are
+            parts of the model now.
         fingerprint: of the base's weights, to refuse a wrong base.
         before: cost of the base, as JSON.
         metrics: name -> figure or record, e.g. ``{"top1": {"value": 0.91, "n": 556}}``.
@@ -33,6 +35,7 @@ class History:
 
     source: Spec | None = None
     plan: Plan = field(default_factory=Plan)
+    merged: bool = False
     fingerprint: str | None = None
     before: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -47,17 +50,34 @@ class History:
 
     @property
     def changed_structure(self) -> bool:
-        """Whether any step changed the base itself, rather than adding adapters to it."""
-        return any(not issubclass(find(step.method), Adapter) for step in self.plan.steps)
+        """Whether the base's weights can no longer be had from where the base came from."""
+        return self.merged or any(not method.derived for method in self._methods())
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a step stored the base's weights in fewer bits."""
+        return any(m.derived and not issubclass(m, Adapter) for m in self._methods())
 
     def without_adapters(self) -> History:
-        """This history once the adapters have been folded into the weights."""
-        kept = tuple(s for s in self.plan.steps if not issubclass(find(s.method), Adapter))
-        return replace(self, plan=Plan(kept))
+        """This history without its adapters."""
+        kept = (s for s in self.plan.steps if not issubclass(find(s.method), Adapter))
+        return replace(self, plan=Plan(tuple(kept)))
+
+    def in_full_precision(self) -> History:
+        """This history without what stored weights in fewer bits."""
+        kept = (
+            step
+            for step, method in zip(self.plan.steps, self._methods(), strict=True)
+            if issubclass(method, Adapter) or not method.derived
+        )
+        return replace(self, plan=Plan(tuple(kept)))
 
     def then(self, *steps: Step) -> History:
         """This history with further steps. What was measured before them holds no more."""
         return replace(self, plan=self.plan.then(*steps), metrics={})
+
+    def _methods(self) -> list[type[Method]]:
+        return [find(step.method) for step in self.plan.steps]
 
 
 def fingerprint(model: nn.Module, skip: Iterable[nn.Module] = ()) -> str:

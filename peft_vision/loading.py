@@ -96,6 +96,7 @@ def _history(content: dict[str, Any]) -> History:
     return History(
         source=content.get("source"),
         plan=Plan.from_json(content.get("plan") or {}),
+        merged=bool(content.get("merged")),
         fingerprint=content.get("fingerprint"),
         before=(content.get("cost") or {}).get("before"),
         metrics=dict(content.get("metrics") or {}),
@@ -138,8 +139,8 @@ def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
             method.apply(backbone, step.decisions)
         except KeyError as error:
             raise DamagedArtifact(f"The plan names a site {error} that the base lacks.") from error
-        if isinstance(method, Adapter):
-            wrapped = adapt(backbone, method, so_far, empty=empty)
+        if isinstance(method, Adapter) and not history.merged:
+            wrapped = adapt(wrapped or model, method, so_far, empty=empty)
     if wrapped is None:
         return CompressedModel(model, history)
     wrapped.history = history
@@ -176,30 +177,41 @@ def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.
     if not (folder / ADAPTER).is_file():
         raise DamagedArtifact(f"{folder} has no {ADAPTER}. Other formats are never read.")
     _require_adapters(history)
-    plain = copy.deepcopy(base) if base is not None else _pretrained(history)
-    skip = [site.layer for site in view(plain).classifier]
-    if history.fingerprint and fingerprint(plain, skip) != history.fingerprint:
-        raise WrongBase(
-            f"The base's weights are not those that {folder} was trained on"
-            + (f" ({history.source['source']}/{history.source['name']})" if history.source else "")
-            + ". Pass the right one: load(folder, base=model)."
-        )
+    plain = base_of(history, base, "load(folder, base=model)")
     model = replay(plain, history, empty=False)
     load_adapter_weights(model, folder)
     adapted: nn.Module = model
     return adapted
 
 
+def base_of(history: History, base: nn.Module | None, how: str) -> nn.Module:
+    """The base that a history began with: a copy of the one given, or loaded from its source.
+
+    Args:
+        how: what to type in order to pass one.
+
+    Raises:
+        WrongBase: it cannot be had, or its weights are others.
+    """
+    plain = copy.deepcopy(unwrap(base)) if base is not None else _pretrained(history, how)
+    seen = view(plain)
+    found = fingerprint(seen.core, [site.layer for site in seen.classifier])
+    if history.fingerprint and found != history.fingerprint:
+        raise WrongBase(
+            "The base's weights are not those that the adapter was trained on"
+            + (f" ({history.source['source']}/{history.source['name']})" if history.source else "")
+            + f". Pass the right one: {how}."
+        )
+    return plain
+
+
 def _require_adapters(history: History) -> None:
     for step in history.plan.steps:
-        if not isinstance(_method(step.method, dict(step.settings)), Adapter):
+        if not _method(step.method, dict(step.settings)).derived:
             raise DamagedArtifact(f"An adapter folder holds a step of {step.method}.")
 
 
-def _pretrained(history: History) -> nn.Module:
+def _pretrained(history: History, how: str) -> nn.Module:
     if history.source is None:
-        raise WrongBase(
-            "The adapter's base is a module that no source can build; pass it: "
-            "load(folder, base=your_model)."
-        )
+        raise WrongBase(f"The adapter's base is a module that no source can build; pass it: {how}.")
     return build(history.source, weights=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from peft_vision.backbones.sites import Backbone
@@ -18,8 +19,10 @@ from peft_vision.plan import Decisions
 
 if TYPE_CHECKING:
     import peft
+    from torch import nn
 
-FOLDERS = ("adapters", "pruners", "decomposers", "quantizers")
+FOLDERS = ("adapters", "pruners", "decomposers", "quantizers", "heads")
+CATALOG = "peft_vision.adapters._catalog"
 ENTRY_POINTS = "peft_vision.methods"
 
 T = TypeVar("T")
@@ -76,6 +79,9 @@ class Method(ABC):
     stage: ClassVar[Stage] = Stage.WIDTH
     reduces: ClassVar[frozenset[str]] = frozenset()
     """Which budgets it helps to meet: of "flops", "params", "latency_ms"."""
+    derived: ClassVar[bool] = False
+    """Whether what it makes of a base follows from the base's weights and the plan, so that a saved
+    folder need not hold them."""
 
     @property
     def strength(self) -> float:
@@ -107,22 +113,51 @@ class Method(ABC):
 
 
 class Adapter(Method):
-    """A method that adds trainable parameters and keeps the function; carried out by PEFT."""
+    """A method that adds trainable parameters to a base whose weights stay.
+
+    PEFT injects what `config` describes. What PEFT has no words for, `apply` puts into the model as
+    modules of its own, and `trained` names their parameters.
+    """
 
     stage: ClassVar[Stage] = Stage.ADAPT
-
-    @abstractmethod
-    def config(self, backbone: Backbone, decisions: Decisions) -> peft.PeftConfig:
-        """PEFT's configuration for these decisions."""
+    derived: ClassVar[bool] = True
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Prepare the backbone; the adapted model then injects `config`."""
         backbone.call_every_linear()
 
+    def config(self, backbone: Backbone, decisions: Decisions) -> peft.PeftConfig | None:
+        """PEFT's configuration for these decisions; None where PEFT has nothing to inject."""
+        return None
+
+    def start(self, backbone: Backbone, decisions: Decisions) -> None:
+        """Give what PEFT injected its first values, where PEFT's own are not wanted."""
+
+    def trained(self, backbone: Backbone, decisions: Decisions) -> list[tuple[nn.Module, str]]:
+        """(owner, attribute) of the parameters that are trained besides those that PEFT injects."""
+        return []
+
+    def fold(self, backbone: Backbone, decisions: Decisions) -> bool:
+        """Fold what `apply` put in into plain weights, in place, once PEFT's part is merged.
+
+        Returns:
+            Whether nothing is left. What is left stays in the merged model as a part of it.
+        """
+        return True
+
+    def foreign(self, backbone: Backbone, decisions: Decisions) -> str:
+        """Why plain PEFT could not carry this adapter to a plain base; empty when it can."""
+        return ""
+
 
 def names() -> list[str]:
-    """Every method there is, third parties' included, sorted."""
-    return sorted({*stems(*FOLDERS), *(point.name for point in _entry_points())})
+    """Every method there is, sorted: files, third parties', and what the installed PEFT offers."""
+    return sorted({*filed(), *(point.name for point in _entry_points()), *_catalog().names()})
+
+
+def filed() -> list[str]:
+    """The methods that are files of this package, sorted."""
+    return list(stems(*FOLDERS))
 
 
 def find(name: str) -> type[Method]:
@@ -139,6 +174,9 @@ def find(name: str) -> type[Method]:
         if point.name == name:
             loaded: type[Method] = point.load()
             return loaded
+    if name in _catalog().names():
+        offered: type[Method] = _catalog().find(name)
+        return offered
     raise unknown("method", name, names())
 
 
@@ -177,6 +215,8 @@ def name_of(method: Method) -> str:
     stem = cls.__module__.rpartition(".")[2]
     if cls.__module__ == f"peft_vision.{stems(*FOLDERS).get(stem)}.{stem}":
         return stem
+    if cls.__module__ == CATALOG:
+        return cls.__name__
     registered = (point.name for point in _entry_points() if point.load() is cls)
     return next(registered, f"{cls.__module__}.{cls.__qualname__}")
 
@@ -204,3 +244,7 @@ def _method_in(module: str, namespace: Mapping[str, Any]) -> type[Method]:
 
 def _entry_points() -> list[Any]:
     return list(entry_points(group=ENTRY_POINTS))
+
+
+def _catalog() -> ModuleType:
+    return importlib.import_module(CATALOG)

@@ -1,19 +1,19 @@
-"""`wrap`: put a method onto a model. `merge`: fold adapters away again."""
+"""`wrap`: put a method onto a model."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from peft_vision.backbones import view
-from peft_vision.backbones.sites import Backbone
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import measure, unwrap
 from peft_vision.errors import BadSetting
 from peft_vision.history import History, fingerprint
-from peft_vision.method import Adapter, Evidence, Method, make, name_of
+from peft_vision.lookup import stems
+from peft_vision.method import Adapter, Evidence, Method, find, make, name_of
 from peft_vision.plan import Step
 from peft_vision.presets import expand
 
@@ -25,6 +25,7 @@ def wrap(
     model: nn.Module,
     method: str | Method,
     *,
+    quantize: str | None = None,
     data: Any = None,
     image_size: tuple[int, int] | int | None = None,
     **settings: Any,
@@ -34,9 +35,11 @@ def wrap(
     Args:
         model: a timm or transformers backbone, any module, or an already wrapped model.
         method: name of a method or preset (`peft_vision.methods()`), or a Method object.
+        quantize: store the base's linears in fewer bits first: the name of a quantizer.
         data: (images, labels) batches for methods that decide by data.
         image_size: height and width, for models that do not say theirs.
-        settings: the method's settings; each card lists them.
+        settings: the method's settings; each card lists them. Those of a preset go to each of its
+            methods that has a setting of that name.
 
     Returns:
         A `peft.PeftModel` for adapters, a CompressedModel otherwise. It is called as `model` is.
@@ -51,22 +54,35 @@ def wrap(
         raise BadSetting(
             f"Settings {sorted(settings)} were given beside a Method that has its own."
         )
-    for one in steps:
+    for one in (*_quantizer(quantize), *steps):
         model = _wrap_one(model, one, data, image_size)
     return model  # type: ignore[return-value]
 
 
+def _quantizer(name: str | None) -> list[Method]:
+    known = list(stems("quantizers"))
+    if name is not None and name not in known:
+        raise BadSetting(f"quantize is {name!r}; possible: {', '.join(known)}.")
+    return [] if name is None else [make(name)]
+
+
 def _methods(name: str, settings: dict[str, Any]) -> list[Method]:
     parts = expand(name)
-    if len(parts) == 1:
-        only, preset = parts[0]
-        return [make(only, {**preset, **settings})]
-    if settings:
-        raise BadSetting(
-            f"{name} is a preset of {len(parts)} methods and takes no settings of its own; wrap "
-            f"them one after the other: {', '.join(part for part, _ in parts)}."
-        )
-    return [make(part, preset) for part, preset in parts]
+    fields = {part: {f.name for f in dataclasses.fields(find(part))} for part, _ in parts}
+    if len(parts) > 1:
+        known = sorted(set().union(*fields.values()))
+        for key in settings:
+            if key not in known:
+                raise BadSetting(
+                    f"{name} is made of {', '.join(fields)}, and none of them has a setting "
+                    f"{key!r}. Their settings: {', '.join(known)}."
+                )
+        return [
+            make(part, {**preset, **{k: v for k, v in settings.items() if k in fields[part]}})
+            for part, preset in parts
+        ]
+    only, preset = parts[0]
+    return [make(only, {**preset, **settings})]
 
 
 def _wrap_one(
@@ -75,14 +91,16 @@ def _wrap_one(
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
     decisions = method.decide(backbone, method.strength, Evidence(data))
+    if isinstance(method, Adapter) and not decisions:
+        raise BadSetting("The adapter has no targets at strength 0.")
     if history.before is None and (backbone.input_size or image_size):
         history.before = measure(inner, image_size).to_json()
     if history.fingerprint is None:
-        history.fingerprint = fingerprint(inner, [site.layer for site in backbone.classifier])
+        history.fingerprint = fingerprint(backbone.core, [s.layer for s in backbone.classifier])
     step = Step(name_of(method), method.settings(), method.strength, decisions)
     method.apply(backbone, step.decisions)
     if isinstance(method, Adapter):
-        return adapt(backbone, method, history.then(step), image_size=image_size)
+        return adapt(model, method, history.then(step), image_size=image_size)
     if is_adapted(model):
         model.history = history.then(step)  # type: ignore[assignment]
         return model
@@ -90,52 +108,52 @@ def _wrap_one(
 
 
 def adapt(
-    backbone: Backbone,
+    model: nn.Module,
     method: Adapter,
     history: History,
     *,
     image_size: tuple[int, int] | int | None = None,
     empty: bool = False,
 ) -> AdaptedModel:
-    """Inject an adapter, and prove that it trains.
+    """Have the last step of a history, which has been applied, trained; and prove that it trains.
 
     Args:
-        empty: leave the adapter's tensors on `meta`, to be loaded.
+        model: a plain, compressed or adapted model.
+        empty: leave what PEFT injects on `meta`, to be loaded.
+
+    Raises:
+        BadSetting: the model carries an adapter of PEFT's already and this is another.
+        GradientMissing: it would not train.
     """
     from peft_vision.adapted import AdaptedModel, prove_gradient
 
     decisions = history.plan.steps[-1].decisions
-    if not decisions:
-        raise BadSetting("The adapter has no targets at strength 0.")
-    config = method.config(backbone, decisions)
-    config.base_model_name_or_path = base_name(history)
-    adapted = AdaptedModel(backbone.model, config, history, low_cpu_mem_usage=empty)
+    config = method.config(view(unwrap(model)), decisions)
+    if config is None and isinstance(model, AdaptedModel):
+        model.history = history
+        adapted = model
+    else:
+        _require_room(model, history)
+        adapted = AdaptedModel(unwrap(model), config, history, low_cpu_mem_usage=empty)
+    adapted.train_parts()
     if not empty:
+        method.start(view(unwrap(adapted)), decisions)
         prove_gradient(adapted, image_size)
     return adapted
 
 
-def base_name(history: History) -> str | None:
-    """The base's name as a user would type it."""
-    source = history.source
-    return f"{source['source']}/{source['name']}" if source and source.get("name") else None
+def _require_room(model: nn.Module, history: History) -> None:
+    from peft_vision.adapted import AdaptedModel
+
+    if isinstance(model, AdaptedModel) and model.injected:
+        *_, last = history.plan.steps
+        raise BadSetting(
+            f"The model carries an adapter that PEFT injected, and {last.method} would be a second "
+            "one on top of it. Merge first, or load the second beside it: "
+            "model.load_adapter(folder, name)."
+        )
 
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether `model` carries adapters (PEFT need not be imported to know)."""
     return any(cls.__module__ == "peft_vision.adapted" for cls in type(model).__mro__)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """The model with its adapters folded into the base, as a copy; the model given is untouched.
-
-    Returns:
-        The plain backbone; a CompressedModel where the structure was changed as well.
-    """
-    if not is_adapted(model):
-        return copy.deepcopy(model)
-    merged = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    history = History.of(model)
-    if not history.changed_structure:
-        return merged  # type: ignore[no-any-return]
-    return CompressedModel(merged, history.without_adapters())

@@ -18,6 +18,7 @@ from peft_vision.backbones.sites import (
 from peft_vision.layers.attention import AttentionParts, OpenAttention
 from peft_vision.layers.block import BlockParts, attention_of
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.split_linear import SplitLinear
 from peft_vision.layers.trunk import Trunk, blocks_in
 
 ABSENT = object()
@@ -63,9 +64,13 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
         attention = attention.attention
     mlp: nn.Module = getattr(block, parts.mlp)
     roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
-    named: list[tuple[nn.Module, str, Role]] = [
-        (attention, name, role) for name, role in zip(parts.attention_parts.qkv, roles, strict=True)
-    ]
+    named: list[tuple[nn.Module, str, Role]] = []
+    for name, role in zip(parts.attention_parts.qkv, roles, strict=True):
+        layer = getattr(attention, name)
+        if isinstance(layer, SplitLinear):
+            named += [(layer, "q", "q"), (layer, "k", "k"), (layer, "v", "v")]
+        else:
+            named.append((attention, name, role))
     gate = parts.attention_parts.gate
     if gate is not None and getattr(attention, gate) is not None:
         named.append((attention, gate, "other"))
@@ -176,6 +181,14 @@ def bypasses_in(model: nn.Module) -> tuple[tuple[nn.Module, str, object], ...]:
     name = "qkv_bias_separate"
     return tuple(
         (module, name, True) for module in model.modules() if getattr(module, name, None) is False
+    )
+
+
+def is_bypassed(model: nn.Module) -> bool:
+    """Whether some attention module calls its linear only because it was told to."""
+    return any(
+        getattr(module, "qkv_bias_separate", False) and getattr(module, "q_bias", None) is not None
+        for module in model.modules()
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vision.backbones.assembly import bypasses_in, is_conv, is_linear, layers_in
+from peft_vision.backbones.assembly import bypasses_in, is_bypassed, is_conv, is_linear, layers_in
 from peft_vision.backbones.sites import Backbone, LayerSite
 from peft_vision.errors import UnsupportedBackbone
 
@@ -40,6 +40,7 @@ def view(model: nn.Module, why: str = "") -> Backbone:
         classifier=classifier,
         missing=dict.fromkeys(("blocks", "heads", "hidden", "tokens"), reason),
         bypasses=bypasses_in(model),
+        bypassed=is_bypassed(model),
     )
 
 

@@ -210,6 +210,9 @@ class Backbone:
         classifier: the last layer (or layers), trained with an adapter, never wrapped by one.
         bypasses: (module, attribute, value) to set so that every linear is called: some families
             read a linear's weight instead, and an adapter on it would never train.
+        bypassed: such a family whose linears are called by now.
+        prefix: name of the backbone within `model`, with a dot at its end, where a wrapper of a
+            library's own stands around it; else empty.
     """
 
     model: nn.Module
@@ -224,6 +227,13 @@ class Backbone:
     classifier: tuple[LayerSite, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
     bypasses: tuple[tuple[nn.Module, str, object], ...] = ()
+    bypassed: bool = False
+    prefix: str = ""
+
+    @property
+    def core(self) -> nn.Module:
+        """The backbone without a library's wrapper around it."""
+        return self.model.get_submodule(self.prefix.removesuffix("."))
 
     def call_every_linear(self) -> None:
         """Make the model call its linears where it would read their weights; same outputs."""

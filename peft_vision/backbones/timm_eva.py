@@ -13,6 +13,7 @@ from peft_vision.backbones.assembly import (
     Assembly,
     assemble,
     bypasses_in,
+    is_bypassed,
     is_linear,
     lacking,
     last_layers,
@@ -121,6 +122,7 @@ def view(model: Any) -> Backbone:
         classifier=last_layers(model, "head"),
         missing=missing,
         bypasses=bypasses_in(model),
+        bypassed=is_bypassed(model),
     )
 
 

@@ -29,13 +29,13 @@ from peft_vision.exporting import export
 from peft_vision.files import refuse_existing, write_json_atomic
 from peft_vision.finetuning import finetune
 from peft_vision.loading import load
+from peft_vision.merging import merge
 from peft_vision.method import make, names
 from peft_vision.quickstart.content import content_of
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Measured, Outcome
 from peft_vision.recipe import Recipe, load_recipe
 from peft_vision.recovery import recover
 from peft_vision.report import write_report
-from peft_vision.wrapping import merge
 
 __all__ = ["Measured", "Outcome", "quickstart"]
 

@@ -18,11 +18,11 @@ import peft_vision as pv
 from peft_vision.backbones import view
 from peft_vision.cost import count_flops, input_size, measure, twin, unwrap
 from peft_vision.errors import UnsupportedSite
-from peft_vision.method import Adapter, Evidence, find, make, names
+from peft_vision.method import Adapter, Evidence, filed, find, make
 from peft_vision.plan import Plan
 from tests.families import FAMILIES, images
 
-METHODS = names()
+METHODS = filed()
 CUTTING = [name for name in METHODS if find(name).reduces]
 ADAPTERS = [name for name in METHODS if issubclass(find(name), Adapter)]
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

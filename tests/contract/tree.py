@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_vision"
-METHOD_KINDS = ("adapters", "pruners", "decomposers", "quantizers")
+METHOD_KINDS = ("adapters", "pruners", "decomposers", "quantizers", "heads")
 
 
 def source_files() -> list[Path]:

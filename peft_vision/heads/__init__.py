@@ -1,0 +1,1 @@
+"""Readouts: what takes the place of a classifier."""
