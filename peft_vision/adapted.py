@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peft_vision.artifact import (
     ADAPTER,
     PARTS,
+    RECORD,
     WEIGHTS,
     read_weights,
     write_record,
@@ -30,6 +31,7 @@ from peft_vision.files import staged_folder, write_json_atomic, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
 from peft_vision.method import Adapter, make
+from peft_vision.several import add_weighted, load_beside
 
 CONFIG = "adapter_config.json"
 
@@ -38,7 +40,8 @@ class AdaptedModel(peft.PeftModel):
     """A backbone with adapters; calls like the model that went in.
 
     Attributes:
-        history: where it came from and what was done.
+        history: where it came from and what was done; of the adapter named "default".
+        beside: the same of the adapters that were loaded beside it, by their names.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class AdaptedModel(peft.PeftModel):
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             super().__init__(model, config, **kwargs)
         self.history = history
+        self.beside: dict[str, History] = {}
 
     @property
     def plain_model(self) -> nn.Module:
@@ -99,6 +103,33 @@ class AdaptedModel(peft.PeftModel):
             )
         trained = ", ".join(list(self.parts())[:2])
         return f"it trains {trained}, for which PEFT has no words" if trained else ""
+
+    def load_adapter(self, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
+        """Load a further adapter beside the first: a folder of ours, or what PEFT takes.
+
+        It is active after ``set_adapter(adapter_name)``.
+
+        Raises:
+            BadSetting, WrongBase, UnsupportedSite: it does not fit; see `several.load_beside`.
+        """
+        folder = Path(model_id).expanduser()
+        if not (folder / RECORD).is_file():
+            return super().load_adapter(model_id, adapter_name, **kwargs)
+        self.beside[adapter_name] = load_beside(self, self.history, folder, adapter_name)
+        return None
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, **options: Any
+    ) -> None:
+        """A further adapter: a weighted sum of others, the mean of their classifiers included.
+
+        Args:
+            options: of PEFT's LoraModel.add_weighted_adapter (combination_type, density ...).
+
+        Raises:
+            UnknownName: an adapter is not there. BadSetting: they cannot be combined.
+        """
+        add_weighted(self, adapters, weights, adapter_name, options)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -157,7 +188,12 @@ class AdaptedModel(peft.PeftModel):
         Raises:
             DamagedArtifact: one does not, or one is lacking.
         """
-        result = set_peft_model_state_dict(self, dict(injected))
+        try:
+            result = set_peft_model_state_dict(self, dict(injected))
+        except (KeyError, RuntimeError) as error:
+            raise DamagedArtifact(
+                f"The adapter's tensors and its places do not match: {error}"
+            ) from error
         own = self.parts()
         lost = [*result.unexpected_keys, *(own.keys() ^ parts.keys())]
         if lost or self.adapter_tensors().keys() - set(injected):
@@ -184,9 +220,15 @@ class AdaptedModel(peft.PeftModel):
         elif parts:
             write_weights(folder / PARTS, dict(parts))
         if reason := self.foreign():
-            _refuse_plain_peft(folder / CONFIG, reason)
-        kind = "compressed" if changed else "adapter"
-        write_record(folder, kind, self.history, self._cost(), self.plain_model)
+            # PEFT keeps adapters beside the first in folders of their names.
+            for place in (folder, *(folder / name for name in self.peft_config)):
+                if (place / CONFIG).is_file():
+                    _refuse_plain_peft(place / CONFIG, reason)
+        kind, cost = "compressed" if changed else "adapter", self._cost()
+        write_record(folder, kind, self.history, cost, self.plain_model)
+        for name, history in self.beside.items():
+            if (folder / name).is_dir():
+                write_record(folder / name, "adapter", history, cost, self.plain_model)
 
     def _cost(self) -> dict[str, Any] | None:
         return measure(self.plain_model).to_json() if view(self.plain_model).input_size else None
@@ -205,10 +247,25 @@ def base_name(history: History) -> str | None:
     return f"{source['source']}/{source['name']}" if source and source.get("name") else None
 
 
-def load_adapter_weights(model: AdaptedModel, folder: Path) -> None:
-    """Put the adapter's tensors of a folder into `model`; every one has to find its place."""
+def load_adapter_weights(model: AdaptedModel, folder: Path, prefix: str) -> None:
+    """Put the adapter's tensors of a folder into `model`; every one has to find its place.
+
+    Args:
+        prefix: the backbone's name within the model that was saved (see `Backbone.prefix`); the
+            model at hand may have another, or none.
+    """
+    own = view(model.plain_model).prefix
+    inside = "base_model.model."
     parts = read_weights(folder / PARTS) if (folder / PARTS).is_file() else {}
-    model.load_tensors(read_weights(folder / ADAPTER), parts)
+    injected = _renamed(read_weights(folder / ADAPTER), inside + prefix, inside + own)
+    model.load_tensors(injected, _renamed(parts, prefix, own))
+
+
+def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 USUAL_SIZE = 224

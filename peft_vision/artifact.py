@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.backbones import view
 from peft_vision.card import render_card
 from peft_vision.errors import CannotWrite, DamagedArtifact, NewerSchema
 from peft_vision.files import sha256_of, write_json_atomic
@@ -84,6 +85,7 @@ def write_record(
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in weights
         },
+        "prefix": view(model).prefix,
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
     }
     (folder / CARD).write_text(render_card(content), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,6 +47,20 @@ class History:
         """The history of a model: its own if it has one, else a fresh one of a plain model."""
         own = getattr(model, "history", None)
         return replace(own) if isinstance(own, History) else cls(source=spec_of(model))
+
+    @classmethod
+    def of_record(cls, content: Mapping[str, Any]) -> History:
+        """The history that a folder's record tells."""
+        return cls(
+            source=content.get("source"),
+            plan=Plan.from_json(content.get("plan") or {}),
+            merged=bool(content.get("merged")),
+            fingerprint=content.get("fingerprint"),
+            before=(content.get("cost") or {}).get("before"),
+            metrics=dict(content.get("metrics") or {}),
+            labels=content.get("labels"),
+            preprocessing=content.get("preprocessing"),
+        )
 
     @property
     def changed_structure(self) -> bool:

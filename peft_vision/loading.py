@@ -51,9 +51,9 @@ def load(
     """
     folder = _folder(name, revision)
     content = read_record(folder)
-    history = _history(content)
+    history = History.of_record(content)
     if content.get("kind") == "adapter":
-        model = _load_adapter(folder, history, base)
+        model = _load_adapter(folder, history, base, str(content.get("prefix") or ""))
     else:
         model = _load_compressed(folder, history, base)
     return model.to(device).eval()
@@ -90,19 +90,6 @@ def _downloaded(name: str, revision: str | None) -> Path:
         return download(name, revision=revision)
     except PeftVisionError as error:
         raise type(error)(f"There is no folder {name} here. As a repository: {error}") from error
-
-
-def _history(content: dict[str, Any]) -> History:
-    return History(
-        source=content.get("source"),
-        plan=Plan.from_json(content.get("plan") or {}),
-        merged=bool(content.get("merged")),
-        fingerprint=content.get("fingerprint"),
-        before=(content.get("cost") or {}).get("before"),
-        metrics=dict(content.get("metrics") or {}),
-        labels=content.get("labels"),
-        preprocessing=content.get("preprocessing"),
-    )
 
 
 def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
@@ -171,7 +158,7 @@ def _structure(source: Spec | None, base: nn.Module | None) -> nn.Module:
     return build(source) if unsaved else empty
 
 
-def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.Module:
+def _load_adapter(folder: Path, history: History, base: nn.Module | None, prefix: str) -> nn.Module:
     from peft_vision.adapted import load_adapter_weights
 
     if not (folder / ADAPTER).is_file():
@@ -179,7 +166,7 @@ def _load_adapter(folder: Path, history: History, base: nn.Module | None) -> nn.
     _require_adapters(history)
     plain = base_of(history, base, "load(folder, base=model)")
     model = replay(plain, history, empty=False)
-    load_adapter_weights(model, folder)
+    load_adapter_weights(model, folder, prefix)
     adapted: nn.Module = model
     return adapted
 

@@ -12,6 +12,7 @@ from peft_vision.backbones import view
 from peft_vision.compressed import CompressedModel
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.history import History
+from peft_vision.layers.quantized import dequantize as in_full
 from peft_vision.loading import base_of, replay
 from peft_vision.method import Adapter, make
 from peft_vision.plan import Plan, Step
@@ -87,8 +88,6 @@ def _in_full_precision(
 
     history = model.history
     if dequantize:
-        from peft_vision.layers.quantized import dequantize as in_full
-
         config, plain = model.injected, in_full(copy.deepcopy(model).unload())
         again = AdaptedModel(plain, copy.deepcopy(config), history)
         again.load_tensors(model.adapter_tensors(), {})

@@ -15,17 +15,15 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from peft_vision.adapters._targets import check_targets, chosen_layers, split_paths
 from peft_vision.backbones.sites import Backbone, LayerSite
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.split_linear import NAMES, SplitLinear, fuse, split_outputs
 from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
 from peft_vision.method import Adapter, Evidence, check_range
 from peft_vision.plan import Decisions
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "attention": ("q", "k", "v", "qkv", "out"),
-    "mlp": ("up", "gate", "down"),
-}
-ROLES = ("q", "k", "v", "qkv", "out", "up", "gate", "down")
+INITS = ("standard", "trunc_normal")
 
 
 @dataclass(frozen=True)
@@ -51,71 +49,93 @@ class Lora(Adapter):
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (Kalajdzievski, 2023)."""
 
+    split_qkv: bool = False
+    """An update each for queries, keys and values where one linear computes all three."""
+
+    init: str = "standard"
+    """First values: "standard" (A uniform, B zero: the function is kept), or "trunc_normal" (both
+    truncated normal, standard deviation 0.02, as in LoRAT: training starts elsewhere)."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise BadSetting(f"r is {self.r!r}; it has to be a whole number of at least 1.")
         check_range("alpha", self.alpha, 1e-9, 1e9)
         check_range("dropout", self.dropout, 0.0, 0.999)
-        known = {"linears", "convs", *GROUPS, *ROLES}
-        if not self.targets or any(target not in known for target in self.targets):
-            raise BadSetting(
-                f"targets is {list(self.targets)!r}; possible: {', '.join(sorted(known))}."
-            )
+        if self.init not in INITS:
+            raise BadSetting(f"init is {self.init!r}; possible: {', '.join(INITS)}.")
+        check_targets(self.targets)
 
     def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
         """Per layer, rank and alpha; the classifier's key where it is trained."""
         if strength <= 0:
             return {}
+        update = {"r": self.r, "alpha": float(self.alpha)}
         decisions: Decisions = {
-            site.key: {"r": self.r, "alpha": float(self.alpha)} for site in self._chosen(backbone)
+            key: dict(update)
+            for site in chosen_layers(backbone, self._targets())
+            for key in self._keys(site)
         }
         if self.train_head:
             decisions.update({site.key: "train" for site in backbone.classifier})
         return decisions
 
+    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
+        """Have every linear called, and split those whose parts get an update each."""
+        backbone.call_every_linear()
+        for site in backbone.linears:
+            if site.role == "qkv" and any(key in decisions for key in _thirds(site)):
+                setattr(site.owner, site.attribute, SplitLinear(split_outputs(site.layer, 3)))
+
+    def start(self, backbone: Backbone, decisions: Decisions) -> None:
+        """LoRAT's first values, where they are asked for."""
+        if self.init == "standard":
+            return
+        for site in (*backbone.linears, *backbone.convs):
+            if site.key in decisions:
+                layer: Any = site.layer
+                for factor in (layer.lora_A["default"], layer.lora_B["default"]):
+                    nn.init.trunc_normal_(factor.weight, std=0.02)
+
+    def fold(self, backbone: Backbone, decisions: Decisions) -> bool:
+        """Fuse again what was split."""
+        for owner in list(backbone.model.modules()):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, SplitLinear):
+                    setattr(owner, name, fuse(child))
+        return True
+
+    def foreign(self, backbone: Backbone, decisions: Decisions) -> str:
+        """Parts of a fused linear have no names in a plain base."""
+        split = any(isinstance(module, SplitLinear) for module in backbone.model.modules())
+        return "it updates parts of a linear that plain bases have in one" if split else ""
+
     def config(self, backbone: Backbone, decisions: Decisions) -> LoraConfig:
         """PEFT's configuration; PEFT folders written with it load in plain PEFT."""
-        names = {id(module): name for name, module in backbone.model.named_modules()}
-        sites = {s.key: s for s in (*backbone.linears, *backbone.convs, *backbone.classifier)}
-        heads = {site.key for site in backbone.classifier}
+        layers, heads = split_paths(backbone, decisions)
         return LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
-            target_modules=[_path(sites[key], names) for key in decisions if key not in heads],
-            modules_to_save=[_path(sites[key], names) for key in decisions if key in heads] or None,
+            target_modules=layers,
+            modules_to_save=heads or None,
         )
 
-    def _chosen(self, backbone: Backbone) -> list[LayerSite]:
-        wanted = {role for t in self.targets for role in GROUPS.get(t, (t,))}
-        chosen: list[LayerSite] = []
-        if "linears" in wanted:
-            backbone.require("linears")
-            chosen += backbone.linears
-        else:
-            chosen += [site for site in backbone.linears if site.role in wanted]
-        if "convs" in wanted:
-            backbone.require("convs")
-            # Updates of grouped convolutions cannot be merged, and depthwise ones outgrow the
-            # layer.
-            chosen += [site for site in backbone.convs if _is_dense(site.layer)]
-        if not chosen:
-            found = sorted({site.role for site in backbone.linears})
-            raise UnsupportedSite(
-                f"{type(backbone.model).__name__} has none of the targets {list(self.targets)!r}. "
-                f"Its linears are: {', '.join(found) or 'none'}."
-            )
-        return chosen
+    def _targets(self) -> tuple[str, ...]:
+        """The targets; queries alone are a part of what computes all three, once it is split."""
+        parts = self.split_qkv and set(self.targets) & set(NAMES)
+        return (*self.targets, "qkv") if parts else self.targets
+
+    def _keys(self, site: LayerSite) -> list[str]:
+        if not self.split_qkv or site.role != "qkv":
+            return [site.key]
+        wanted = set(self.targets) & set(NAMES) or set(NAMES)
+        return [key for key, name in zip(_thirds(site), NAMES, strict=True) if name in wanted]
 
 
-def _is_dense(layer: nn.Module) -> bool:
-    return getattr(getattr(layer, "base_layer", layer), "groups", 1) == 1
-
-
-def _path(site: LayerSite, names: dict[int, str]) -> str:
-    owner = names[id(site.owner)]
-    return f"{owner}.{site.attribute}" if owner else site.attribute
+def _thirds(site: LayerSite) -> list[str]:
+    """The keys of the three parts of a linear that computes queries, keys and values."""
+    return [f"{site.key.removesuffix('qkv')}{name}" for name in NAMES]
 
 
 @keep_outputs.register(LoraLinear)

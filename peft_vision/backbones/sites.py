@@ -261,7 +261,7 @@ class Backbone:
             UnsupportedSite: the model has no blocks that can be recomputed.
         """
         trunk = next((m for m in self.model.modules() if isinstance(m, Trunk)), None)
-        own = next((n for n in SWITCHES if getattr(self.model, n, None) is not None), None)
+        own = next((n for n in SWITCHES if getattr(self.core, n, None) is not None), None)
         if trunk is not None:
             trunk.checkpointing = on
         elif own is None:
@@ -269,7 +269,7 @@ class Backbone:
                 f"{type(self.model).__name__} offers no gradient checkpointing of its own."
             )
         if own is not None:  # around a whole trunk it would recompute all blocks at once
-            _switch(self.model, own, on and trunk is None)
+            _switch(self.core, own, on and trunk is None)
 
 
 SWITCHES = (

@@ -34,7 +34,7 @@ HEIGHTS = (
     (*METHOD_KINDS, "presets"),
     ("tasks", "data"),
     ("history", "card", "artifact", "hub", "tracing", "exporting", "report", "training"),
-    ("adapted", "compressed", "wrapping", "loading", "merging"),
+    ("adapted", "several", "compressed", "wrapping", "loading", "merging"),
     ("search", "pricing", "compression", "evaluation", "recovery"),
     ("recipe", "finetuning", "quickstart"),
     ("cli",),

@@ -1,0 +1,78 @@
+"""Which layers an adapter acts on: by kind, by part of the block, or by role, for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peft_vision.backbones.sites import Backbone, LayerSite
+from peft_vision.errors import BadSetting, UnsupportedSite
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": ("q", "k", "v", "qkv", "out"),
+    "mlp": ("up", "gate", "down"),
+}
+ROLES = ("q", "k", "v", "qkv", "out", "up", "gate", "down")
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Refuse words that name no layers.
+
+    Raises:
+        BadSetting: some target is none of "linears", "convs", a group or a role.
+    """
+    known = {"linears", "convs", *GROUPS, *ROLES}
+    if not targets or any(target not in known for target in targets):
+        raise BadSetting(f"targets is {list(targets)!r}; possible: {', '.join(sorted(known))}.")
+
+
+def chosen_layers(backbone: Backbone, targets: Sequence[str]) -> list[LayerSite]:
+    """The layers that `targets` stand for in this backbone; never the classifier.
+
+    Raises:
+        UnsupportedSite: the backbone has none of them; the message names those it has.
+    """
+    wanted = {role for t in targets for role in GROUPS.get(t, (t,))}
+    chosen: list[LayerSite] = []
+    if "linears" in wanted:
+        backbone.require("linears")
+        chosen += backbone.linears
+    else:
+        chosen += [site for site in backbone.linears if site.role in wanted]
+    if "convs" in wanted:
+        backbone.require("convs")
+        # Updates of grouped convolutions cannot be merged, and depthwise ones outgrow the layer.
+        chosen += [site for site in backbone.convs if _is_dense(site.layer)]
+    if not chosen:
+        found = sorted({site.role for site in backbone.linears})
+        raise UnsupportedSite(
+            f"{type(backbone.model).__name__} has none of the targets {list(targets)!r}. "
+            f"Its linears are: {', '.join(found) or 'none'}."
+        )
+    return chosen
+
+
+def split_paths(backbone: Backbone, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Dotted paths, as PEFT names layers, of decided layers and of the classifier's among them.
+
+    Raises:
+        KeyError: a key names no site of the backbone.
+    """
+    names = {id(module): name for name, module in backbone.model.named_modules()}
+    sites = {s.key: s for s in (*backbone.linears, *backbone.convs, *backbone.classifier)}
+    heads = {site.key for site in backbone.classifier}
+    paths = {key: _path(sites[key], names) for key in keys}
+    return (
+        [path for key, path in paths.items() if key not in heads],
+        [path for key, path in paths.items() if key in heads],
+    )
+
+
+def _is_dense(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "base_layer", layer), "groups", 1) == 1
+
+
+def _path(site: LayerSite, names: dict[int, str]) -> str:
+    owner = names[id(site.owner)]
+    return f"{owner}.{site.attribute}" if owner else site.attribute
