@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,22 +15,25 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from peft_vision.artifact import (
     ADAPTER,
     PARTS,
     RECORD,
     WEIGHTS,
+    read_record,
     read_weights,
     write_record,
     write_weights,
 )
 from peft_vision.backbones import view
-from peft_vision.cost import example_input_of, input_size, measure, twin
-from peft_vision.errors import DamagedArtifact, GradientMissing, UnsupportedSite
+from peft_vision.cost import example_input_of, input_size, measure, on_twin
+from peft_vision.errors import BadSetting, DamagedArtifact, GradientMissing, UnsupportedSite
 from peft_vision.files import staged_folder, write_json_atomic, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
+from peft_vision.layers.quantized import dequantize
 from peft_vision.method import Adapter, make
 from peft_vision.several import add_weighted, load_beside
 
@@ -53,6 +57,8 @@ class AdaptedModel(peft.PeftModel):
         with warnings.catch_warnings():
             # PEFT still asks transformers models by the old name of their checkpointing switch.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # Of norms, which have no inputs and outputs to count; those of linears are counted.
+            warnings.filterwarnings("ignore", "Unsupported layer type .*Norm", UserWarning)
             super().__init__(model, config, **kwargs)
         self.history = history
         self.beside: dict[str, History] = {}
@@ -104,18 +110,45 @@ class AdaptedModel(peft.PeftModel):
         trained = ", ".join(list(self.parts())[:2])
         return f"it trains {trained}, for which PEFT has no words" if trained else ""
 
+    def dequantized(self) -> AdaptedModel:
+        """A copy on plain layers with the weights that the adapter was trained beside."""
+        whole = copy.deepcopy(self)
+        parts = {name: p.detach().clone() for name, p in whole.parts().items()}
+        tensors, config = whole.adapter_tensors(), copy.deepcopy(whole.injected)
+        again = AdaptedModel(dequantize(whole.unload()), config, self.history)
+        again.load_tensors(tensors, parts)
+        again.train_parts()
+        return again.train(self.training)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's, into weights in floating point: packed ones would round the updates away."""
+        model = self.dequantized() if self.history.quantized else self
+        plain: nn.Module = model.base_model.merge_and_unload(*args, **kwargs)
+        return plain
+
     def load_adapter(self, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
         """Load a further adapter beside the first: a folder of ours, or what PEFT takes.
 
-        It is active after ``set_adapter(adapter_name)``.
+        It is active after ``set_adapter(adapter_name)``. The name "default" takes the first one's
+        tensors from a folder of the same adapter, as a Trainer does when it resumes.
 
         Raises:
+            DamagedArtifact: the folder is damaged.
             BadSetting, WrongBase, UnsupportedSite: it does not fit; see `several.load_beside`.
         """
         folder = Path(model_id).expanduser()
         if not (folder / RECORD).is_file():
             return super().load_adapter(model_id, adapter_name, **kwargs)
-        self.beside[adapter_name] = load_beside(self, self.history, folder, adapter_name)
+        if adapter_name == "default":
+            content = read_record(folder)
+            if History.of_record(content).plan != self.history.plan:
+                raise BadSetting(
+                    f"{folder} holds another adapter than the model. To have it beside the "
+                    'model\'s own, choose another name than "default".'
+                )
+            load_adapter_weights(self, folder, str(content.get("prefix") or ""))
+        else:
+            self.beside[adapter_name] = load_beside(self, self.history, folder, adapter_name)
         return None
 
     def add_weighted_adapter(
@@ -130,6 +163,18 @@ class AdaptedModel(peft.PeftModel):
             UnknownName: an adapter is not there. BadSetting: they cannot be combined.
         """
         add_weighted(self, adapters, weights, adapter_name, options)
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """Set training mode, in all but the base's normalization by running figures.
+
+        An adapter's folder does not hold these figures, and a frozen base keeps its own.
+        """
+        super().train(mode)
+        for module in self.modules():
+            frozen = not all(p.requires_grad for p in module.parameters())
+            if isinstance(module, _BatchNorm) and (frozen or not module.affine):
+                module.eval()
+        return self
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -219,26 +264,27 @@ class AdaptedModel(peft.PeftModel):
             write_weights(folder / WEIGHTS, self.plain_model.state_dict())
         elif parts:
             write_weights(folder / PARTS, dict(parts))
-        if reason := self.foreign():
+        if foreign := self.foreign():
             # PEFT keeps adapters beside the first in folders of their names.
-            for place in (folder, *(folder / name for name in self.peft_config)):
-                if (place / CONFIG).is_file():
-                    _refuse_plain_peft(place / CONFIG, reason)
+            places = (folder, *(folder / name for name in self.peft_config))
+            _refuse_plain_peft([place / CONFIG for place in places], foreign)
         kind, cost = "compressed" if changed else "adapter", self._cost()
-        write_record(folder, kind, self.history, cost, self.plain_model)
+        write_record(folder, kind, self.history, cost, self.plain_model, foreign)
         for name, history in self.beside.items():
             if (folder / name).is_dir():
-                write_record(folder / name, "adapter", history, cost, self.plain_model)
+                write_record(folder / name, "adapter", history, cost, self.plain_model, foreign)
 
     def _cost(self) -> dict[str, Any] | None:
         return measure(self.plain_model).to_json() if view(self.plain_model).input_size else None
 
 
-def _refuse_plain_peft(config: Path, reason: str) -> None:
+def _refuse_plain_peft(configs: Sequence[Path], reason: str) -> None:
     """Have plain PEFT fail with a reason: it looks its type up in a table, and shows the key."""
-    content = json.loads(config.read_text())
-    content["peft_type"] = f"PEFT_VISION: open this folder with peft_vision.load ({reason})"
-    write_json_atomic(config, content)
+    for config in configs:
+        if config.is_file():
+            content = json.loads(config.read_text())
+            content["peft_type"] = f"PEFT_VISION: open this folder with peft_vision.load ({reason})"
+            write_json_atomic(config, content)
 
 
 def base_name(history: History) -> str | None:
@@ -276,7 +322,8 @@ def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | int | None
 
     No memory is used and no number is read: what is shown is that each trainable tensor is part of
     the computation. Some families read a linear's weight instead of calling it, and adapters on
-    them would be silent; trained parts beside them (a head) would still learn.
+    them would be silent; trained parts beside them (a head) would still learn. An adapter that
+    cannot do without numbers is proven on a copy.
 
     Args:
         image_size: for models that do not say theirs; 224 is tried then.
@@ -287,18 +334,15 @@ def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | int | None
     Raises:
         GradientMissing: some are not reached, by name; or the proof cannot be made.
     """
-    meta = twin(model.plain_model)
-    said = view(meta).input_size
-    size = input_size(meta, image_size or (None if said else USUAL_SIZE))
+    plain = model.plain_model
+    size = input_size(plain, image_size or (None if view(plain).input_size else USUAL_SIZE))
     try:
-        with torch.enable_grad():
-            torch.autograd.backward(_total(meta.train()(example_input_of(meta, size))))
+        wanted = on_twin(plain, lambda copy: _trained_once(copy, size))
     except (RuntimeError, ValueError, TypeError) as error:
         raise GradientMissing(
             f"Whether the adapters train could not be shown: one image of {size} fails in "
             f"{type(model.plain_model).__name__} ({error}). Pass image_size=(H, W)."
         ) from error
-    wanted = [(n, p) for n, p in meta.named_parameters() if p.requires_grad]
     silent = [name for name, p in wanted if p.grad is None]
     if silent or not wanted:
         raise GradientMissing(
@@ -307,6 +351,13 @@ def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | int | None
             "these layers in its forward pass; choose other targets."
         )
     return len(wanted)
+
+
+def _trained_once(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters of `model`, after one backward pass."""
+    with torch.enable_grad():
+        torch.autograd.backward(_total(model.train()(example_input_of(model, size))))
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _total(output: Any) -> Tensor:

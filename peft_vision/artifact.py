@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 PARTS = "parts.safetensors"
 CARD = "README.md"
-PACKAGES = ("peft-vision", "torch", "timm", "transformers", "peft", "safetensors")
+PACKAGES = ("peft-vision", "torch", "timm", "transformers", "peft", "bitsandbytes", "safetensors")
 
 
 def write_weights(path: Path, state: dict[str, Tensor]) -> None:
@@ -66,9 +66,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def write_record(
-    folder: Path, kind: str, history: History, after: dict[str, Any] | None, model: nn.Module
+    folder: Path,
+    kind: str,
+    history: History,
+    after: dict[str, Any] | None,
+    model: nn.Module,
+    foreign: str = "",
 ) -> None:
-    """Write the record and the model card for the files that are in `folder` already."""
+    """Write the record and the model card for the files that are in `folder` already.
+
+    Args:
+        foreign: why plain PEFT refuses the folder, where it does.
+    """
     weights = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("adapter_config.json"))
     content = {
         "schema": SCHEMA,
@@ -77,6 +86,8 @@ def write_record(
         "fingerprint": history.fingerprint,
         "plan": history.plan.to_json(),
         "merged": history.merged,
+        "quantized": history.quantized,
+        "foreign": foreign,
         "cost": {"before": history.before, "after": after},
         "metrics": history.metrics,
         "labels": history.labels,

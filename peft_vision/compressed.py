@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from peft_vision.artifact import WEIGHTS, write_record, write_weights
+from peft_vision.backbones import view
 from peft_vision.cost import measure
 from peft_vision.files import staged_folder
 from peft_vision.history import History
@@ -49,7 +50,8 @@ class CompressedModel(nn.Module):
         """
         with staged_folder(Path(save_directory), overwrite=overwrite) as stage:
             write_weights(stage / WEIGHTS, self.plain_model.state_dict())
-            after = measure(self.plain_model).to_json()
+            sized = view(self.plain_model).input_size is not None
+            after = measure(self.plain_model).to_json() if sized else None
             write_record(stage, "compressed", self.history, after, self.plain_model)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:

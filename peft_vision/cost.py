@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import device_of
 from peft_vision.errors import BadSetting
+from peft_vision.layers.quantized import Quantized
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Cost:
     Attributes:
         flops: floating-point operations of one image, two per multiply-accumulate; linears,
             convolutions and attention products, as torch counts them.
-        params: parameters. `trainable`: those that would be trained.
-        bytes: memory of parameters and saved buffers.
+        params: parameters, packed weights at their full count. `trainable`: those that would be
+            trained.
+        bytes: memory of parameters and saved buffers, as they are stored.
         image_size: height and width the count is for.
     """
 
@@ -65,9 +70,15 @@ class Cost:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` on the `meta` device: the structure without the numbers."""
+    """A copy of `model` on the `meta` device: the structure without the numbers.
+
+    Layers with packed weights are plain ones in it, which can be counted.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, Quantized):
+            memo[id(module)] = module.dense_twin()
+            continue
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in memo:
                 empty = torch.empty_like(parameter, device="meta")
@@ -76,6 +87,21 @@ def twin(model: nn.Module) -> nn.Module:
             if id(buffer) not in memo:
                 memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
+
+
+def on_twin(model: nn.Module, run: Callable[[nn.Module], T]) -> T:
+    """What `run` gives for a twin of `model`, or for a copy where layers ask for numbers.
+
+    Some adapters look at values on their way (a sparse product, a choice of the largest), which
+    `meta` has none of. A copy with numbers stands in for those; the model itself is untouched.
+    """
+    try:
+        return run(twin(model))
+    except RuntimeError:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
+            return run(copy.deepcopy(model))
 
 
 def example_input(
@@ -123,29 +149,32 @@ def measure(model: nn.Module, image_size: tuple[int, int] | int | None = None) -
     """
     plain = unwrap(model)
     size = input_size(plain, image_size)
+    meta = twin(plain)
     return Cost(
-        flops=count_flops(twin(plain), size),
-        params=sum(p.numel() for p in plain.parameters()),
-        trainable=sum(p.numel() for p in plain.parameters() if p.requires_grad),
+        flops=on_twin(plain, lambda model: count_flops(model, size)),
+        params=sum(p.numel() for p in meta.parameters()),
+        trainable=sum(p.numel() for p in meta.parameters() if p.requires_grad),
         bytes=sum(t.numel() * t.element_size() for t in plain.state_dict().values()),
         image_size=(size[1], size[2]),
     )
 
 
 def count_flops(meta: nn.Module, size: tuple[int, int, int]) -> int:
-    """FLOPs of one image through a model on `meta`.
+    """FLOPs of one image through a model on `meta`, products with packed weights included.
 
     On meta, fused and unfused attention count the same; on CPU the fused kernel counts as nothing.
     """
     images = example_input_of(meta, size)
+    if any(isinstance(module, Quantized) for module in meta.modules()):
+        meta = twin(meta)  # torch does not see the kernels of packed weights
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         meta.eval()(images)
     return int(counter.get_total_flops())
 
 
 def example_input_of(meta: nn.Module, size: tuple[int, int, int]) -> Tensor:
-    """One empty image on `meta`, in the model's dtype."""
-    return torch.empty(1, *size, device="meta", dtype=_dtype_of(meta))
+    """One image of zeros on the model's device, in its dtype; on `meta`, of no numbers."""
+    return torch.zeros(1, *size, device=device_of(meta), dtype=_dtype_of(meta))
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -12,7 +12,6 @@ from peft_vision.backbones import view
 from peft_vision.compressed import CompressedModel
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.history import History
-from peft_vision.layers.quantized import dequantize as in_full
 from peft_vision.loading import base_of, replay
 from peft_vision.method import Adapter, make
 from peft_vision.plan import Plan, Step
@@ -84,14 +83,9 @@ def _fold(plain: nn.Module, history: History) -> History:
 def _in_full_precision(
     model: AdaptedModel, base: nn.Module | None, *, dequantize: bool
 ) -> AdaptedModel:
-    from peft_vision.adapted import AdaptedModel
-
     history = model.history
     if dequantize:
-        config, plain = model.injected, in_full(copy.deepcopy(model).unload())
-        again = AdaptedModel(plain, copy.deepcopy(config), history)
-        again.load_tensors(model.adapter_tensors(), {})
-        return again
+        return model.dequantized()
     if history.changed_structure:
         raise BadSetting(
             "The base's structure was changed before its weights were stored in fewer bits, so "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_vision.backbones import view
 from peft_vision.cost import unwrap
 from peft_vision.errors import BadSetting, JobFailed
+from peft_vision.layers.quantized import dequantize
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -100,8 +101,7 @@ def _merged(model: nn.Module) -> nn.Module:
     peft = sys.modules.get("peft")  # a PEFT model cannot exist without it; importing it takes long
     if peft is not None and isinstance(model, peft.PeftModel):
         model = model.merge_and_unload()
-    plain: nn.Module = unwrap(model)
-    return plain
+    return dequantize(unwrap(model))
 
 
 def trace(plain: ImageToTensor, shape: tuple[int, int, int]) -> ExportedProgram:

@@ -194,19 +194,20 @@ def test_plain_peft_is_shown_where_it_can_load_the_folder():
     (_, plain) = code_blocks(render_card(ADAPTER))
     assert 'timm.create_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k"' in plain
     assert "num_classes=3, img_size=(112, 112)" in plain
-    assert "qkv_bias_separate" not in plain
-    assert len(code_blocks(render_card(changed(plain_peft=False)))) == 1
-    twice = {"steps": ADAPTER["plan"]["steps"] * 2}
-    assert len(code_blocks(render_card(changed(plan=twice)))) == 1
+    assert "PeftModel.from_pretrained" in plain
 
 
-@pytest.mark.parametrize(
-    "family", ["eva.Eva", "beit.Beit", "swin_transformer_v2.SwinTransformerV2"]
-)
-def test_a_base_that_bypasses_adapters_is_warned_of_and_cured(family):
-    card = render_card(changed(model_class=f"timm.models.{family}"))
-    assert "does nothing there" in card
-    assert "module.qkv_bias_separate = True" in code_blocks(card)[1]
+def test_a_folder_that_plain_peft_refuses_says_why():
+    card = render_card(changed(foreign="it trains pos_drop.rows, for which PEFT has no words"))
+    assert len(code_blocks(card)) == 1
+    assert "Plain PEFT refuses this folder: it trains pos_drop.rows" in card
+
+
+def test_merging_a_quantized_base_is_not_called_the_same():
+    assert "the same outputs" in render_card(ADAPTER)
+    card = render_card(changed(quantized=True))
+    assert "the same outputs" not in card
+    assert "in full precision" in card
 
 
 SOURCES = {

@@ -97,15 +97,18 @@ def test_a_weighted_sum_is_the_base_plus_weighted_updates(family: str, tmp_path:
 
 def test_names_and_bases_are_checked(tmp_path: Path) -> None:
     dense = build("timm_vit")
-    one, _ = two_saved(dense, tmp_path)
-    with pytest.raises(BadSetting, match="already"):
+    one, _ = two_saved(dense, tmp_path, r=8)
+    with pytest.raises(BadSetting, match="another adapter"):
         one.load_adapter(tmp_path / "1", "default")
+    one.load_adapter(tmp_path / "1", "second")
+    with pytest.raises(BadSetting, match="already"):
+        one.load_adapter(tmp_path / "1", "second")
     with pytest.raises(UnknownName, match="default"):
         one.add_weighted_adapter(["default", "absent"], [1.0, 1.0], "mix")
     other = moved(pv.wrap(build("timm_vit", seed=3), "lora"), 0)
     with pytest.raises(WrongBase):
         other.load_adapter(tmp_path / "1", "second")
-    assert set(one.peft_config) == {"default"}
+    assert set(one.peft_config) == {"default", "second"}
 
 
 def test_parts_of_a_fused_linear_do_not_fit_beside_whole_ones(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from peft_vision.card.record import (
     title_of,
 )
 
-_BYPASSING = ("timm.models.eva", "timm.models.beit", "timm.models.swin_transformer_v2")
 """Their attention reads the weight of a linear instead of calling it."""
 
 _MOST_LABELS = 100
@@ -123,7 +122,8 @@ def _cost(content: Content) -> str:
     ]
     if is_adapter(content):
         notes.append(
-            "`after` is with the adapter beside the base; merged, it costs what `before` says."
+            "`after` is with the adapter beside the base"
+            + ("." if content.get("quantized") else "; merged, it costs what `before` says.")
         )
     files = [of.get("bytes", 0) for of in mapping(content.get("files")).values()]
     if files:
@@ -154,29 +154,22 @@ def _usage(content: Content) -> str:
         lines.append("# base: the model that this was made from, built by your own code")
     lines.append(f"model = peft_vision.load({call})  # this folder, or its repository's name")
     if is_adapter(content):
-        lines.append("plain = peft_vision.merge(model)  # the same outputs, no adapter left")
+        same = "in full precision" if content.get("quantized") else "the same outputs"
+        lines.append(f"plain = peft_vision.merge(model)  # {same}, no adapter left")
     text = f"## Use\n\n{_code(lines)}"
+    if reason := content.get("foreign"):
+        text += (
+            f"\n\nPlain PEFT refuses this folder: {reason}. Open it as above, or hand out the "
+            "merged model."
+        )
     return f"{text}\n\n{_plain_peft(content)}" if is_plain_peft(content) else text
 
 
 def _plain_peft(content: Content) -> str:
     imports, base = _base_code(content)
-    lines, warning = [*imports, "from peft import PeftModel", "", base], ""
-    if str(content.get("model_class", "")).startswith(_BYPASSING):
-        warning = (
-            "\n\nThe attention of this base reads the weight of its `qkv` linear instead of "
-            "calling it, which bypasses an adapter. Without the lines that set "
-            "`qkv_bias_separate`, plain PEFT loads this adapter without an error and it does "
-            "nothing there. "
-            "`peft_vision.load` sets it."
-        )
-        lines += [
-            "for module in base.modules():",
-            '    if getattr(module, "qkv_bias_separate", None) is False:',
-            "        module.qkv_bias_separate = True",
-        ]
+    lines = [*imports, "from peft import PeftModel", "", base]
     lines.append('model = PeftModel.from_pretrained(base, ".").eval()')
-    return f"With plain PEFT, without peft_vision:\n\n{_code(lines)}{warning}"
+    return f"With plain PEFT, without peft_vision:\n\n{_code(lines)}"
 
 
 def _base_code(content: Content) -> tuple[list[str], str]:

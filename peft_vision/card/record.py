@@ -51,9 +51,8 @@ def is_adapter(content: Content) -> bool:
 
 
 def is_plain_peft(content: Content) -> bool:
-    """Whether plain PEFT can load the folder: one adapter in PEFT's own format, nothing else."""
-    single = len(steps_of(content)) == 1
-    return is_adapter(content) and bool(content.get("plain_peft", single))
+    """Whether plain PEFT can carry the adapter to a plain base, with the same outputs."""
+    return is_adapter(content) and not content.get("foreign")
 
 
 def pipeline_of(content: Content) -> str:

@@ -1,28 +1,40 @@
-"""``peft-vision show``: a model's sites, cost and trainable parameters."""
+"""``peft-vision show``: a model's sites, cost, steps, and what rounding did to its weights."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import statistics
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from peft_vision.backbones.sites import Backbone
+    from peft_vision.plan import Plan
 
 
 def show(
     model: Annotated[str, typer.Argument(help="A model's name or a saved folder.")],
     image_size: Annotated[int | None, typer.Option(help="Height and width to count for.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Show it as this quantizer would leave it, with the error of every layer; the "
+            "weights are loaded, nothing is written."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where methods can act on a model, and what it costs."""
     from rich.console import Console
-    from rich.table import Table
 
     from peft_vision.backbones import view
     from peft_vision.cost import measure, unwrap
     from peft_vision.history import History
-    from peft_vision.loading import open_model
 
-    found = open_model(model, pretrained=False)
+    found = _opened(model, quantize)
     plain = unwrap(found)
     backbone, cost, history = view(plain), measure(plain, image_size), History.of(found)
     kinds = {
@@ -32,23 +44,77 @@ def show(
         "linears": len(backbone.linears),
         "convolutions": len(backbone.convs),
     }
-    steps = [step.method for step in history.plan.steps]
+    errors = _errors(history.plan)
     if as_json:
         content = {
             "family": backbone.family,
             "sites": kinds,
             "cost": cost.to_json(),
-            "steps": steps,
+            "steps": [step.method for step in history.plan.steps],
+            "weight_errors": errors,
         }
         typer.echo(json.dumps(content))
         return
-    table = Table("", "", title=f"{model} ({type(plain).__name__}, family {backbone.family})")
-    for kind, count in kinds.items():
-        reason = backbone.missing.get(kind.split()[0], "")
-        table.add_row(kind, f"{count:,}" if count else f"none {reason and f'({reason})'}")
+    Console().print(_overview(model, backbone, kinds, str(cost), history.plan))
+    if errors:
+        Console().print(_error_table(errors, backbone))
+
+
+def _opened(model: str, quantize: str | None) -> Any:
+    from peft_vision.errors import BadSetting
+    from peft_vision.loading import open_model
+    from peft_vision.lookup import stems
+    from peft_vision.method import Stage, find
+    from peft_vision.wrapping import wrap
+
+    if quantize is None:
+        return open_model(model, pretrained=False)
+    if find(quantize).stage is not Stage.QUANTIZE:
+        raise BadSetting(f"{quantize} is no quantizer; possible: {', '.join(stems('quantizers'))}.")
+    return wrap(open_model(model), quantize)
+
+
+def _errors(plan: Plan) -> dict[str, float]:
+    """Layer -> relative error of its weight, the largest first, as quantizing steps recorded it."""
+    found = {
+        key: float(decided["error"])  # type: ignore[arg-type]
+        for step in plan.steps
+        for key, decided in step.decisions.items()
+        if isinstance(decided, dict) and "error" in decided
+    }
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _overview(
+    model: str, backbone: Backbone, kinds: dict[str, int], cost: str, plan: Plan
+) -> Table:
+    from rich.table import Table
+
+    kind = type(backbone.model).__name__
+    table = Table("", "", title=f"{model} ({kind}, family {backbone.family})")
+    for name, count in kinds.items():
+        reason = backbone.missing.get(name.split()[0], "")
+        table.add_row(name, f"{count:,}" if count else f"none {reason and f'({reason})'}")
     if backbone.tokens is not None:
         table.add_row("prefix tokens", str(backbone.tokens.prefix))
         table.add_row("pooling", backbone.tokens.pooling)
-    table.add_row("cost", str(cost))
-    table.add_row("steps", ", ".join(steps) or "none")
-    Console().print(table)
+    table.add_row("cost", cost)
+    table.add_row("steps", ", ".join(step.method for step in plan.steps) or "none")
+    return table
+
+
+def _error_table(errors: dict[str, float], backbone: Backbone) -> Table:
+    """Every layer, the worst first, and the mean over the layers of each role."""
+    from rich.table import Table
+
+    roles = {site.key: site.role for site in backbone.linears}
+    table = Table("layer", "role", "error", title="Rounded weights: |rounded - full| / |full|")
+    for key, error in errors.items():
+        table.add_row(key, roles.get(key, ""), f"{error:.4f}")
+    table.add_section()
+    for role in sorted(set(roles.values())):
+        of_role = [error for key, error in errors.items() if roles.get(key) == role]
+        if of_role:
+            table.add_row("mean", role, f"{statistics.mean(of_role):.4f}")
+    table.add_row("mean", "all", f"{statistics.mean(errors.values()):.4f}")
+    return table

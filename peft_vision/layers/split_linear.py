@@ -20,6 +20,10 @@ class SplitLinear(nn.Module):
     Maps B N C to B N 3C', the outputs one after the other.
     """
 
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.q, self.k, self.v = parts
@@ -63,11 +67,14 @@ def fuse(split: SplitLinear) -> nn.Linear:
     Raises:
         UnsupportedSite: a part is not a plain linear.
     """
-    parts = [split.q, split.k, split.v]
-    if any(type(part) is not nn.Linear for part in parts):
-        kinds = ", ".join(sorted({type(part).__name__ for part in parts}))
-        raise UnsupportedSite(f"Only plain linears can be fused again; these are {kinds}.")
-    bias = None if split.q.bias is None else torch.cat([part.bias.detach() for part in parts])
+    parts: list[nn.Linear] = []
+    for part in (split.q, split.k, split.v):
+        if type(part) is not nn.Linear:
+            kind = type(part).__name__
+            raise UnsupportedSite(f"Only plain linears can be fused again, and this is a {kind}.")
+        parts.append(part)
+    biased = parts[0].bias is not None
+    bias = torch.cat([part.bias.detach() for part in parts]) if biased else None
     return _linear(torch.cat([part.weight.detach() for part in parts]), bias)
 
 

@@ -1,0 +1,82 @@
+"""Merging: the same function, nothing of the adapter left, the live model untouched."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_vision as pv
+from peft_vision.errors import WrongBase
+from tests.families import build, features, images
+
+
+@torch.no_grad()
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    return features(model.eval()(x))
+
+
+def moved(model: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def test_a_plain_model_is_copied() -> None:
+    model = build("timm_vit")
+    merged = pv.merge(model)
+    assert merged is not model
+    assert torch.equal(run(merged, images()), run(model, images()))
+
+
+@pytest.mark.parametrize("family", ["timm_vit", "timm_eva02_small"])
+def test_split_parts_are_fused_again(family: str) -> None:
+    model = build(family).double()
+    names = set(model.state_dict())
+    adapted = moved(pv.wrap(model, "lora", split_qkv=True))
+    x = images(adapted.plain_model)
+    merged = pv.merge(adapted)
+    assert set(merged.state_dict()) == names
+    assert (run(merged, x) - run(adapted, x)).abs().max() < 1e-10
+
+
+def test_the_structure_stays_when_the_adapter_goes(tmp_path: Path) -> None:
+    dense = build("timm_vit")
+    x = images()
+    adapted = moved(pv.wrap(pv.wrap(copy.deepcopy(dense), "magnitude", ratio=0.5), "lora"))
+    merged = pv.merge(adapted)
+    assert [step.method for step in merged.history.plan.steps] == ["magnitude"]
+    merged.save_pretrained(tmp_path / "out")
+    assert torch.equal(run(pv.load(tmp_path / "out", base=dense), x), run(merged, x))
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+@pytest.mark.parametrize("split", [False, True])
+def test_a_base_in_fewer_bits_is_merged_in_full_precision(bits: str, split: bool) -> None:
+    dense = build("timm_vit")
+    x = images()
+    adapted = moved(pv.wrap(copy.deepcopy(dense), "lora", quantize=bits, r=4, split_qkv=split))
+    full = copy.deepcopy(dense)
+    reference = pv.wrap(full, "lora", r=4, split_qkv=split)
+    reference.load_tensors(adapted.adapter_tensors(), {})
+    merged = pv.merge(adapted, base=dense)
+    assert (run(merged, x) - run(reference, x)).abs().max() < 1e-5
+    assert set(merged.state_dict()) == set(dense.state_dict())
+    rounded = pv.merge(adapted, dequantize=True)
+    assert (run(rounded, x) - run(adapted, x)).abs().max() < 2e-2 * run(adapted, x).abs().max()
+    assert not torch.equal(rounded.blocks[0].mlp.fc1.weight, merged.blocks[0].mlp.fc1.weight)
+
+
+def test_another_base_is_refused() -> None:
+    adapted = pv.wrap(build("timm_vit"), "lora", quantize="nf4")
+    with pytest.raises(WrongBase, match="merge"):
+        pv.merge(adapted, base=build("timm_vit", seed=7))
+    with pytest.raises(WrongBase, match="merge"):
+        pv.merge(adapted)
