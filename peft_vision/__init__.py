@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from peft_vision.method import names as methods  # noqa: F401
     from peft_vision.recovery import recover as recover
     from peft_vision.sources import create_model as create_model
+    from peft_vision.streams import Streams as Streams
     from peft_vision.wrapping import wrap as wrap
 
 _PUBLIC = {
+    "Streams": ("peft_vision.streams", "Streams"),
     "compress": ("peft_vision.compression", "compress"),
     "create_model": ("peft_vision.sources", "create_model"),
     "evaluate": ("peft_vision.evaluation", "evaluate"),

@@ -13,11 +13,15 @@ from peft_vision.backbones.sites import (
     HeadsSite,
     HiddenSite,
     LayerSite,
+    ReadoutSite,
     Role,
 )
 from peft_vision.layers.attention import AttentionParts, OpenAttention
-from peft_vision.layers.block import BlockParts, attention_of
+from peft_vision.layers.block import BlockParts, attention_of, mlp_of
+from peft_vision.layers.bottleneck import place_inside
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.ownership import plain_of
+from peft_vision.layers.readout import Readout
 from peft_vision.layers.split_linear import SplitLinear
 from peft_vision.layers.trunk import Trunk, blocks_in
 
@@ -62,7 +66,7 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
     attention: nn.Module = getattr(block, parts.attention)
     if isinstance(attention, OpenAttention):
         attention = attention.attention
-    mlp: nn.Module = getattr(block, parts.mlp)
+    mlp = mlp_of(block, parts)
     roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
     named: list[tuple[nn.Module, str, Role]] = []
     for name, role in zip(parts.attention_parts.qkv, roles, strict=True):
@@ -80,7 +84,7 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
     named.append((mlp, parts.mlp_parts.down, "down"))
     for owner, name, role in named:
         label = "head_gate" if role == "other" else role
-        yield LayerSite(f"blocks.{index}.{label}", owner, name, role, index)
+        yield LayerSite(f"blocks.{index}.{label}", *place_inside(owner, name), role, index)
 
 
 def find_blocks(model: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
@@ -106,7 +110,7 @@ def lacking(container: nn.Module, parts: BlockParts) -> str:
         names = (parts.norm1, parts.attention, *parts.after1, parts.norm2, parts.mlp, *parts.after2)
         if absent := _absent(block, names):
             return absent
-        attention, mlp = attention_of(block, parts), getattr(block, parts.mlp)
+        attention, mlp = attention_of(block, parts), mlp_of(block, parts)
         absent = _absent(attention, _attention_names(parts.attention_parts)) or _absent(
             mlp, _mlp_names(parts.mlp_parts)
         )
@@ -158,14 +162,14 @@ def layers_in(
     """Sites of the layers below `owner` that `kind` accepts and that are called as modules.
 
     nn.MultiheadAttention reads the weight of its `out_proj` instead of calling it; nothing below a
-    wrapped layer is a site of its own.
+    wrapped layer, or in a readout, is a site of its own.
     """
     for name, child in owner.named_children():
         label = f"{key}.{name}" if key else name
         if kind(child):
             if not isinstance(owner, nn.MultiheadAttention):
                 yield LayerSite(label, owner, name, role)
-        elif _wrapped(child) is None:
+        elif _wrapped(child) is None and not isinstance(child, Readout):
             yield from layers_in(child, kind, label, role)
 
 
@@ -174,6 +178,31 @@ def last_layers(owner: nn.Module, *names: str) -> tuple[LayerSite, ...]:
     children = dict(owner.named_children())
     held = [n for n in names if n in children and any(True for _ in children[n].parameters())]
     return tuple(LayerSite(name, owner, name, "other") for name in held)
+
+
+def readouts_in(owner: nn.Module, width: int, *names: str, **dense: Any) -> tuple[ReadoutSite, ...]:
+    """Sites of those children of `owner` that are classifiers, or keep the place of one.
+
+    Args:
+        width: of the features that arrive where no classifier says it.
+        dense: what `ReadoutSite` says of readouts of every patch.
+    """
+    children = dict(owner.named_children())
+    return tuple(
+        ReadoutSite(name, owner, name, *(_sizes(children[name]) or (width, None)), **dense)
+        for name in names
+        if name in children
+    )
+
+
+def _sizes(classifier: nn.Module) -> tuple[int, int] | None:
+    """Width of the features that a classifier reads, and the number of its outputs."""
+    plain = plain_of(classifier)
+    if isinstance(plain, Readout):
+        return plain.inputs, plain.outputs
+    if isinstance(plain, nn.Linear):
+        return plain.in_features, plain.out_features
+    return None
 
 
 def bypasses_in(model: nn.Module) -> tuple[tuple[nn.Module, str, object], ...]:

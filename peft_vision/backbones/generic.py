@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from peft_vision.backbones.assembly import bypasses_in, is_bypassed, is_conv, is_linear, layers_in
-from peft_vision.backbones.sites import Backbone, LayerSite
+from peft_vision.backbones.assembly import (
+    bypasses_in,
+    is_bypassed,
+    is_conv,
+    is_linear,
+    layers_in,
+    readouts_in,
+)
+from peft_vision.backbones.positions import relative
+from peft_vision.backbones.sites import Backbone, LayerSite, ReadoutSite
 from peft_vision.errors import UnsupportedBackbone
+from peft_vision.layers.readout import is_readout
 
 HEADS = ("head", "heads", "fc", "classifier")
 """Names that timm, torchvision and transformers give to the last part of a classifier."""
@@ -26,9 +36,10 @@ def view(model: nn.Module, why: str = "") -> Backbone:
         UnsupportedBackbone: it has neither linears nor convolutions.
     """
     linears, convs = _distinct(model, is_linear), _distinct(model, is_conv)
+    own = _distinct(model, is_readout)
     if not linears and not convs:
         raise UnsupportedBackbone(f"{type(model).__name__} has neither linears nor convolutions.")
-    classifier = _classifier(model, [*linears, *convs])
+    classifier = tuple(own) or _classifier(model, [*linears, *convs])
     last = {(id(site.owner), site.attribute) for site in classifier}
     reason = why or "its architecture is not one of those understood in full"
     return Backbone(
@@ -38,7 +49,11 @@ def view(model: nn.Module, why: str = "") -> Backbone:
         linears=tuple(s for s in linears if (id(s.owner), s.attribute) not in last),
         convs=tuple(s for s in convs if (id(s.owner), s.attribute) not in last),
         classifier=classifier,
-        missing=dict.fromkeys(("blocks", "heads", "hidden", "tokens"), reason),
+        readouts=_readouts(classifier),
+        missing={
+            **dict.fromkeys(("blocks", "heads", "hidden", "tokens"), reason),
+            "positions": relative(model) or reason,
+        },
         bypasses=bypasses_in(model),
         bypassed=is_bypassed(model),
     )
@@ -64,6 +79,16 @@ def _classifier(model: nn.Module, layers: Sequence[LayerSite]) -> tuple[LayerSit
         if inside:
             return (inside[-1],)
     return ()
+
+
+def _readouts(classifier: Sequence[LayerSite]) -> tuple[ReadoutSite, ...]:
+    """The classifiers, where it is known what they read."""
+    found = [
+        replace(readout, key=site.key)
+        for site in classifier
+        for readout in readouts_in(site.owner, 0, site.attribute)
+    ]
+    return tuple(site for site in found if site.count is not None)
 
 
 def _input_size(model: nn.Module, convs: Sequence[LayerSite]) -> tuple[int, int, int] | None:

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from peft_vision.backbones import _hf_towers
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
     lacking,
     last_layers,
+    readouts_in,
     size_in_config,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
@@ -69,18 +71,21 @@ def view(model: Any) -> Backbone:
     found = _blocks(model)
     if found is None:
         raise AssertionError("why_not() admits models with blocks only")
+    vision = getattr(model.config, "vision_config", model.config)
     sites = assemble(getattr(*found), PARTS)
     embeddings = next(m for m in model.modules() if isinstance(m, CLIPVisionEmbeddings))
     averages = isinstance(model, CLIPForImageClassification)
     return Backbone(
         model=model,
         family="hf_clip",
-        input_size=size_in_config(getattr(model.config, "vision_config", model.config)),
+        input_size=size_in_config(vision),
         blocks=sites.blocks,
         linears=sites.linears,
         convs=(LayerSite("patch", embeddings, "patch_embedding", "patch"),),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=TokensSite("tokens", *found, PARTS, 1, pooling="average" if averages else "class"),
+        positions=_hf_towers.site(model, found, 1),
         classifier=last_layers(model, "classifier", "visual_projection"),
+        readouts=readouts_in(model, vision.hidden_size, "classifier"),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peft_vision.backbones.assembly import (
     ABSENT,
@@ -13,12 +14,21 @@ from peft_vision.backbones.assembly import (
     find_blocks,
     lacking,
     last_layers,
+    readouts_in,
     size_in_config,
+)
+from peft_vision.backbones.positions import (
+    PositionParts,
+    PositionsSite,
+    run,
+    set_config_size,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts
+from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.positions import Grid
 from peft_vision.layers.trunk import blocks_in
 
 MODULES = (
@@ -66,7 +76,7 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def _parts(container: nn.Module) -> BlockParts:
-    mlp = getattr(next(blocks_in(container))[2], PARTS.mlp, None)
+    mlp = inside(getattr(next(blocks_in(container))[2], PARTS.mlp, nn.Identity()))
     gated = getattr(mlp, GATED.down, ABSENT) is not ABSENT
     return replace(PARTS, mlp_parts=GATED if gated else PLAIN)
 
@@ -78,7 +88,7 @@ def view(model: Any) -> Backbone:
         raise AssertionError("why_not() admits models with blocks only")
     parts = _parts(getattr(*found))
     sites = assemble(getattr(*found), parts)
-    embeddings = next(m for m in model.modules() if getattr(m, "cls_token", None) is not None)
+    embeddings = _base(model).embeddings
     maps = getattr(model, "out_features", None) is not None
     return Backbone(
         model=model,
@@ -90,7 +100,9 @@ def view(model: Any) -> Backbone:
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None if maps else _tokens(model, found, parts),
+        positions=_positions(model, found),
         classifier=last_layers(model, "classifier"),
+        readouts=readouts_in(model, 2 * model.config.hidden_size, "classifier"),
         missing={"tokens": "its feature maps need every patch"} if maps else {},
     )
 
@@ -106,3 +118,59 @@ def _tokens(model: Any, found: tuple[nn.Module, str], parts: BlockParts) -> Toke
         register_tokens=int(getattr(model.config, "num_register_tokens", 0)),
         pooling="class+average" if classifies else "class",
     )
+
+
+def _base(model: nn.Module) -> Any:
+    return next(m for m in model.modules() if getattr(m, "embeddings", None) is not None)
+
+
+def _positions(model: Any, blocks: tuple[nn.Module, str]) -> PositionsSite:
+    embeddings = _base(model).embeddings
+    (height, width), patch = (
+        embeddings.patch_embeddings.image_size,
+        embeddings.patch_embeddings.patch_size,
+    )
+    return PositionsSite(
+        key="positions",
+        model=model,
+        parts=POSITIONS,
+        owner=embeddings,
+        attribute="dropout",
+        container=blocks,
+        grid=(height // patch[0], width // patch[1]),
+        patch=tuple(patch),
+        prefix=1 + int(getattr(model.config, "num_register_tokens", 0)),
+        width=int(model.config.hidden_size),
+        table=(embeddings, "position_embeddings"),
+        leading=1,
+        bias=(embeddings.patch_embeddings, "projection"),
+    )
+
+
+def _patches(model: Any, images: Tensor) -> Tensor:
+    patches: Tensor = _base(model).embeddings.patch_embeddings(images)
+    return patches
+
+
+def _prefix(model: Any) -> Tensor:
+    embeddings = _base(model).embeddings
+    token: Tensor = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+    registers = getattr(embeddings, "register_tokens", None)
+    return token if registers is None else torch.cat([token, registers], dim=1)
+
+
+def _encode(model: Any, tokens: Tensor, rope: Any) -> Tensor:
+    base = _base(model)
+    normed: Tensor = base.layernorm(run(base.encoder.layer, tokens))
+    return normed
+
+
+def _resize(model: Any, grid: Grid) -> None:
+    embed = _base(model).embeddings.patch_embeddings
+    side = grid[0] * embed.patch_size[0]
+    embed.image_size = (side, side)
+    embed.num_patches = grid[0] * grid[1]
+    set_config_size(model, side)
+
+
+POSITIONS = PositionParts(patches=_patches, prefix=_prefix, encode=_encode, resize=_resize)

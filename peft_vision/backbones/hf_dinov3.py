@@ -16,10 +16,19 @@ from peft_vision.backbones.assembly import (
     last_layers,
     size_in_config,
 )
+from peft_vision.backbones.positions import (
+    PositionParts,
+    PositionsSite,
+    plain,
+    run,
+    set_config_size,
+)
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts
+from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.positions import Grid, without_rows
 from peft_vision.layers.trunk import blocks_in
 
 MODULES = ("transformers.models.dinov3_vit.modeling_dinov3_vit",)
@@ -74,7 +83,7 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def _parts(container: nn.Module) -> BlockParts:
-    mlp = getattr(next(blocks_in(container))[2], PARTS.mlp, None)
+    mlp = inside(getattr(next(blocks_in(container))[2], PARTS.mlp, nn.Identity()))
     gated = getattr(mlp, "gate_proj", ABSENT) is not ABSENT
     return replace(PARTS, mlp_parts=GATED if gated else PLAIN)
 
@@ -86,7 +95,7 @@ def view(model: Any) -> Backbone:
         raise AssertionError("why_not() admits models with blocks only")
     parts = _parts(getattr(*found))
     sites = assemble(getattr(*found), parts)
-    embeddings = next(m for m in model.modules() if getattr(m, "cls_token", None) is not None)
+    embeddings = _base(model).embeddings
     maps = getattr(model, "out_features", None) is not None
     return Backbone(
         model=model,
@@ -94,7 +103,7 @@ def view(model: Any) -> Backbone:
         input_size=size_in_config(model.config),
         blocks=sites.blocks,
         linears=sites.linears,
-        convs=(LayerSite("patch", embeddings, "patch_embeddings", "patch"),),
+        convs=(LayerSite("patch", *plain(embeddings, "patch_embeddings"), "patch"),),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None
@@ -106,6 +115,69 @@ def view(model: Any) -> Backbone:
             class_tokens=1,
             register_tokens=int(model.config.num_register_tokens),
         ),
+        positions=_positions(model, found),
         classifier=last_layers(model, "classifier"),
         missing={"tokens": "its feature maps need every patch"} if maps else {},
     )
+
+
+def _base(model: nn.Module) -> Any:
+    return next(m for m in model.modules() if getattr(m, "embeddings", None) is not None)
+
+
+def _patch(model: Any) -> Grid:
+    size = model.config.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _positions(model: Any, blocks: tuple[nn.Module, str]) -> PositionsSite:
+    embeddings = _base(model).embeddings
+    _, height, width = size_in_config(model.config)
+    patch = _patch(model)
+    return PositionsSite(
+        key="positions",
+        model=model,
+        parts=POSITIONS,
+        owner=embeddings,
+        attribute="patch_embeddings",  # nothing stands between the sequence and the blocks
+        container=blocks,
+        grid=(height // patch[0], width // patch[1]),
+        patch=patch,
+        prefix=1 + int(model.config.num_register_tokens),
+        width=int(model.config.hidden_size),
+        bias=plain(embeddings, "patch_embeddings"),
+        channels_first=True,
+    )
+
+
+def _patches(model: Any, images: Tensor) -> Tensor:
+    convolution: Any = without_rows(_base(model).embeddings.patch_embeddings)
+    patches: Tensor = convolution(images.to(convolution.weight.dtype))
+    return patches.flatten(2).transpose(1, 2)
+
+
+def _prefix(model: Any) -> Tensor:
+    embeddings = _base(model).embeddings
+    return torch.cat([embeddings.cls_token, embeddings.register_tokens], dim=1)
+
+
+def _rope(model: Any, images: Tensor) -> Any:
+    base = _base(model)
+    return base.rope_embeddings(images.to(base.embeddings.patch_embeddings.weight.dtype))
+
+
+def _encode(model: Any, tokens: Tensor, rope: Any) -> Tensor:
+    base = _base(model)
+    normed: Tensor = base.norm(run(base.model.layer, tokens, position_embeddings=rope))
+    return normed
+
+
+def _resize(model: Any, grid: Grid) -> None:
+    base = _base(model)
+    base.rope_embeddings.num_patches_h, base.rope_embeddings.num_patches_w = grid
+    set_config_size(model, grid[0] * _patch(model)[0])
+
+
+POSITIONS = PositionParts(
+    patches=_patches, prefix=_prefix, encode=_encode, resize=_resize, rope=_rope
+)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_vision.backbones import _hf_towers
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
@@ -13,6 +14,7 @@ from peft_vision.backbones.assembly import (
     lacking,
     last_layers,
     layers_in,
+    readouts_in,
     size_in_config,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, TokensSite
@@ -69,6 +71,7 @@ def view(model: Any) -> Backbone:
     found = _blocks(model)
     if found is None:
         raise AssertionError("why_not() admits models with blocks only")
+    vision = getattr(model.config, "vision_config", model.config)
     sites = assemble(getattr(*found), PARTS)
     embeddings = next(m for m in model.modules() if isinstance(m, SiglipVisionEmbeddings))
     # The classifier averages the patches: the pooling head that the tower carries is not read.
@@ -78,12 +81,14 @@ def view(model: Any) -> Backbone:
     return Backbone(
         model=model,
         family="hf_siglip",
-        input_size=size_in_config(getattr(model.config, "vision_config", model.config)),
+        input_size=size_in_config(vision),
         blocks=sites.blocks,
         linears=(*sites.linears, *(layers_in(pool, is_linear, "pool", "pool") if pool else ())),
         convs=(LayerSite("patch", embeddings, "patch_embedding", "patch"),),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=TokensSite("tokens", *found, PARTS, 0, pooling=pooling),
+        positions=_hf_towers.site(model, found, 0),
         classifier=last_layers(model, "classifier"),
+        readouts=readouts_in(model, vision.hidden_size, "classifier"),
     )

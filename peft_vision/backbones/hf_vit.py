@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
     lacking,
     last_layers,
+    readouts_in,
     size_in_config,
+)
+from peft_vision.backbones.positions import (
+    PositionParts,
+    PositionsSite,
+    run,
+    set_config_size,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.positions import Grid
 
 MODULES = ("transformers.models.vit.modeling_vit",)
 
@@ -52,9 +60,9 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 def view(model: Any) -> Backbone:
     """See the model as sites."""
-    from transformers.models.vit.modeling_vit import ViTForMaskedImageModeling, ViTModel
+    from transformers.models.vit.modeling_vit import ViTForMaskedImageModeling
 
-    base: Any = next(module for module in model.modules() if isinstance(module, ViTModel))
+    base = _base(model)
     found = _blocks(model)
     if found is None:
         raise AssertionError("why_not() admits models with blocks only")
@@ -73,6 +81,64 @@ def view(model: Any) -> Backbone:
         tokens=None
         if rebuilds
         else TokensSite("tokens", *found, PARTS, 1, pooling="class" if pooled else "none"),
+        positions=_positions(model, found),
         classifier=last_layers(model, "classifier"),
+        readouts=readouts_in(model, model.config.hidden_size, "classifier"),
         missing={"tokens": "it rebuilds every patch"} if rebuilds else {},
     )
+
+
+def _base(model: nn.Module) -> Any:
+    from transformers.models.vit.modeling_vit import ViTModel
+
+    return next(module for module in model.modules() if isinstance(module, ViTModel))
+
+
+def _positions(model: Any, blocks: tuple[nn.Module, str]) -> PositionsSite:
+    embeddings = _base(model).embeddings
+    (height, width), patch = embeddings.image_size, embeddings.patch_embeddings.patch_size
+    return PositionsSite(
+        key="positions",
+        model=model,
+        parts=POSITIONS,
+        owner=embeddings,
+        attribute="dropout",
+        container=blocks,
+        grid=(height // patch[0], width // patch[1]),
+        patch=tuple(patch),
+        prefix=1,
+        width=int(model.config.hidden_size),
+        table=(embeddings, "position_embeddings"),
+        leading=1,
+        bias=(embeddings.patch_embeddings, "projection"),
+    )
+
+
+def _patches(model: Any, images: Tensor) -> Tensor:
+    embed = _base(model).embeddings.patch_embeddings
+    patches: Tensor = embed(images.to(embed.projection.weight.dtype))
+    return patches
+
+
+def _prefix(model: Any) -> Tensor:
+    embeddings = _base(model).embeddings
+    token: Tensor = embeddings.cls_token + embeddings.position_embeddings[:, :1]
+    return token
+
+
+def _encode(model: Any, tokens: Tensor, rope: Any) -> Tensor:
+    base = _base(model)
+    normed: Tensor = base.layernorm(run(base.layers, tokens))
+    return normed
+
+
+def _resize(model: Any, grid: Grid) -> None:
+    embeddings = _base(model).embeddings
+    embed = embeddings.patch_embeddings
+    side = grid[0] * embed.patch_size[0]
+    embeddings.image_size = embed.image_size = (side, side)
+    embed.num_patches = grid[0] * grid[1]
+    set_config_size(model, side)
+
+
+POSITIONS = PositionParts(patches=_patches, prefix=_prefix, encode=_encode, resize=_resize)

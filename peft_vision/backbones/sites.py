@@ -14,11 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from peft_vision.backbones.positions import PositionsSite
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers import attention as attention_layer
 from peft_vision.layers import mlp as mlp_layer
 from peft_vision.layers.attention import AttentionParts, OpenAttention
 from peft_vision.layers.block import BlockParts
+from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.surgery import weight_of
 from peft_vision.layers.trunk import Trunk, trunk_in
@@ -113,7 +115,7 @@ class HiddenSite:
     @property
     def mlp(self) -> nn.Module:
         """The MLP module."""
-        return getattr(self.owner, self.attribute)  # type: ignore[no-any-return]
+        return inside(getattr(self.owner, self.attribute))
 
     @property
     def count(self) -> int:
@@ -200,6 +202,38 @@ def _as_arguments(container: nn.Module, trunk: Trunk) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
+class ReadoutSite:
+    """Where features leave a backbone: the place of a classifier, whether one is there or not.
+
+    Attributes:
+        width: of the features that arrive, D.
+        count: outputs of the classifier that is there; None where there is none.
+        dense: (module, attribute, value) to set so that all tokens arrive (B N D) instead of pooled
+            features (B D); None where the model's forward cannot be told to.
+        grid: rows and columns of the patches; `prefix` tokens come before them.
+    """
+
+    key: str
+    owner: nn.Module
+    attribute: str
+    width: int
+    count: int | None
+    dense: tuple[tuple[nn.Module, str, object], ...] | None = None
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+
+    @property
+    def layer(self) -> nn.Module:
+        """What stands there now."""
+        return getattr(self.owner, self.attribute)  # type: ignore[no-any-return]
+
+    def open(self) -> None:
+        """Let all tokens arrive, where the model can be told to."""
+        for module, attribute, value in self.dense or ():
+            setattr(module, attribute, value)
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A model seen as sites.
 
@@ -208,6 +242,7 @@ class Backbone:
         input_size: channels, height, width of the images, where the model says so.
         missing: kind of site -> why this model has none, in words.
         classifier: the last layer (or layers), trained with an adapter, never wrapped by one.
+        readouts: where a classifier is, or could be put.
         bypasses: (module, attribute, value) to set so that every linear is called: some families
             read a linear's weight instead, and an adapter on it would never train.
         bypassed: such a family whose linears are called by now.
@@ -224,7 +259,9 @@ class Backbone:
     heads: tuple[HeadsSite, ...] = ()
     hidden: tuple[HiddenSite, ...] = ()
     tokens: TokensSite | None = None
+    positions: PositionsSite | None = None
     classifier: tuple[LayerSite, ...] = ()
+    readouts: tuple[ReadoutSite, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
     bypasses: tuple[tuple[nn.Module, str, object], ...] = ()
     bypassed: bool = False
@@ -235,6 +272,16 @@ class Backbone:
         """The backbone without a library's wrapper around it."""
         return self.model.get_submodule(self.prefix.removesuffix("."))
 
+    def put_readout(self, site: ReadoutSite, layer: nn.Module, count: int) -> None:
+        """Put a classifier of `count` outputs there; what the model says of itself follows."""
+        setattr(site.owner, site.attribute, layer.train(site.layer.training))
+        for model in (self.core, self.model):
+            if isinstance(getattr(model, "num_classes", None), int):
+                model.num_classes = count  # type: ignore[assignment]
+            config = getattr(model, "config", None)
+            if isinstance(getattr(config, "num_labels", None), int):
+                config.num_labels = model.num_labels = count  # type: ignore[union-attr, assignment]
+
     def call_every_linear(self) -> None:
         """Make the model call its linears where it would read their weights; same outputs."""
         for module, attribute, value in self.bypasses:
@@ -244,14 +291,16 @@ class Backbone:
         """Refuse by name what cannot be done.
 
         Args:
-            kinds: of "blocks", "linears", "convs", "heads", "hidden", "tokens".
+            kinds: of "blocks", "linears", "convs", "heads", "hidden", "tokens", "readouts".
 
         Raises:
             UnsupportedSite: the model has no site of that kind, with the reason.
         """
         for kind in kinds:
             if not getattr(self, kind):
-                why = self.missing.get(kind, f"the {self.family} view finds none")
+                why = self.missing.get(kind) or ABSENCES.get(
+                    kind, f"the {self.family} view finds none"
+                )
                 raise UnsupportedSite(f"{type(self.model).__name__} has no {kind}: {why}.")
 
     def set_checkpointing(self, on: bool) -> None:
@@ -271,6 +320,12 @@ class Backbone:
         if own is not None:  # around a whole trunk it would recompute all blocks at once
             _switch(self.core, own, on and trunk is None)
 
+
+ABSENCES = {
+    "readouts": "it returns its features, and no linear classifier is there to take the place of; "
+    "the architecture's ForImageClassification class, or a timm model, has one"
+}
+"""Why a kind of site is usually absent, where the view does not say."""
 
 SWITCHES = (
     "set_grad_checkpointing",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from peft_vision.backbones import _timm_positions
 from peft_vision.backbones.assembly import (
     ABSENT,
     Assembly,
@@ -19,11 +22,18 @@ from peft_vision.backbones.assembly import (
     last_layers,
     layers_in,
 )
+from peft_vision.backbones.positions import PositionsSite, run
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
-from peft_vision.backbones.timm_vit import POOLING, input_size, mlp_parts, register_rules
+from peft_vision.backbones.timm_vit import (
+    POOLING,
+    input_size,
+    mlp_parts,
+    readouts,
+    register_rules,
+)
 from peft_vision.layers.attention import AttentionParts
-from peft_vision.layers.block import BlockParts, attention_of
-from peft_vision.layers.trunk import blocks_in
+from peft_vision.layers.block import BlockParts, attention_half, attention_of, mlp_half
+from peft_vision.layers.trunk import blocks_in, trunk_in
 
 MODULES = ("timm.models.eva",)
 
@@ -35,7 +45,8 @@ def rotate(attention: nn.Module, heads: Tensor, rope: Any) -> Tensor:
     from timm.layers import apply_rot_embed_cat
 
     module: Any = attention
-    prefix = module.num_prefix_tokens
+    # The table is of the patches: what comes before them may have been left out, or added to.
+    prefix = heads.shape[2] - rope.shape[-2]
     turned = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=module.rotate_half)
     return torch.cat([heads[:, :, :prefix], turned], dim=2)
 
@@ -94,12 +105,14 @@ def _attention_parts(attention: Any) -> AttentionParts:
         dropout="attn_drop",
         out_dropout="proj_drop",
         rotate=rotate,
+        unrotated="num_prefix_tokens",
     )
 
 
 def view(model: Any) -> Backbone:
     """See the model as sites."""
     from timm.layers import AttentionRope
+    from timm.models.eva import Eva
 
     register_rules()
     first = next(blocks_in(model.blocks))[2]
@@ -107,6 +120,7 @@ def view(model: Any) -> Backbone:
     # EvaAttention reshapes its heads to the width of the stream: removing one would break it.
     opens = not isinstance(attention_of(first, parts), AttentionRope)
     missing = _missing(model, parts)
+    unplaced = _timm_positions.why_not(model, Eva)
     sites = _without(missing, assemble(model.blocks, parts, opens=opens))
     pool = layers_in(model.attn_pool, is_linear, "pool", "pool") if model.attn_pool else ()
     return Backbone(
@@ -119,8 +133,10 @@ def view(model: Any) -> Backbone:
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None if "tokens" in missing else _tokens(model, parts),
+        positions=None if unplaced else _positions(model),
         classifier=last_layers(model, "head"),
-        missing=missing,
+        readouts=readouts(model, "head"),
+        missing={**missing, "positions": unplaced} if unplaced else missing,
         bypasses=bypasses_in(model),
         bypassed=is_bypassed(model),
     )
@@ -157,3 +173,72 @@ def _tokens(model: Any, parts: BlockParts) -> TokensSite:
         register_tokens=int(model.num_prefix_tokens) - int(model.cls_token is not None),
         pooling=POOLING.get(model.global_pool, "other"),
     )
+
+
+def rope(model: Any, images: Tensor) -> Any:
+    """The rotary tables of the images' grid: N D, or one of heads x N x D for each block."""
+    from timm.layers import RotaryEmbeddingCat
+
+    rows, columns = model.patch_embed.patch_size
+    grid = (images.shape[-2] // rows, images.shape[-1] // columns)
+    tables, fixed = model.rope, getattr(model.rope, "feat_shape", None)
+    if fixed is not None and grid == tuple(fixed):
+        return tables.get_embed()
+    if fixed is not None and isinstance(tables, RotaryEmbeddingCat):
+        # One that keeps its table never makes another. Clones are numbers that a tracer can follow.
+        tables = copy.deepcopy(tables, {id(buffer): buffer.clone() for buffer in tables.buffers()})
+        tables.update_feat_shape(grid)
+        return tables.get_embed()
+    return tables.get_embed(shape=list(grid))
+
+
+def encode(model: Any, tokens: Tensor, rope: Any) -> Tensor:
+    """The tokens behind the final norm, B N D.
+
+    The blocks leave a fixed number of first tokens unrotated. Where there are not as many, the
+    blocks are run from their parts.
+    """
+    x = model.norm_pre(tokens)
+    if model.rope_mixed or x.shape[1] - rope.shape[-2] != model.num_prefix_tokens:
+        x = _block_by_block(model, x, rope)
+    else:
+        x = run(model.blocks, x, recompute=model.grad_checkpointing, rope=rope)
+    return _timm_positions.final_norm(model, x)
+
+
+ROTARY = replace(_timm_positions.PARTS, encode=encode, rope=rope)
+
+
+def _block_by_block(model: Any, x: Tensor, rope: Any) -> Tensor:
+    trunk = trunk_in(model.blocks)
+    recompute = model.grad_checkpointing or (trunk is not None and trunk.checkpointing)
+    opened = x.shape[1] - rope.shape[-2] != model.num_prefix_tokens
+    for depth, (_, _, block) in enumerate(blocks_in(model.blocks)):
+        table = rope[depth] if model.rope_mixed else rope
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(_one_block, block, x, table, opened, use_reentrant=False)
+        else:
+            x = _one_block(block, x, table, opened)
+    return x
+
+
+def _one_block(block: nn.Module, x: Tensor, rope: Tensor, opened: bool) -> Tensor:
+    if not opened:
+        done: Tensor = block(x, rope=rope)
+        return done
+    parts = _parts(block)
+    return mlp_half(block, parts, attention_half(block, parts, x, rope)[0])
+
+
+def _positions(model: Any) -> PositionsSite:
+    from timm.models.eva import EvaBlock
+
+    if model.rope is None:
+        return _timm_positions.site(model, _timm_positions.PARTS)
+    found = [block for _, _, block in blocks_in(model.blocks)]
+    stays = ""
+    if any(type(block) is not EvaBlock for block in found):
+        stays = "its blocks, which normalize after the branches, rotate what comes after"
+    elif any(getattr(attention_of(b, _parts(b)), "num_kv_groups", 1) != 1 for b in found):
+        stays = "its blocks, whose heads share keys and values, rotate what comes after"
+    return _timm_positions.site(model, ROTARY, stays)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peft_vision.backbones import _timm_positions
 from peft_vision.backbones.assembly import (
     assemble,
     is_conv,
@@ -15,10 +16,12 @@ from peft_vision.backbones.assembly import (
     lacking,
     last_layers,
     layers_in,
+    readouts_in,
 )
-from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, TokensSite
+from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, ReadoutSite, TokensSite
 from peft_vision.layers.attention import AttentionParts, OpenAttention
 from peft_vision.layers.block import BlockParts
+from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.surgery import keep_features, select_parameter
 from peft_vision.layers.trunk import blocks_in
@@ -64,6 +67,7 @@ def mlp_parts(mlp: nn.Module) -> MlpParts | None:
     """The parts of one of timm's MLPs, or None when it is of another kind."""
     from timm.layers import GluMlp, Mlp, SwiGLU
 
+    mlp = inside(mlp)
     if type(mlp) is Mlp:
         return MlpParts(up=("fc1",), down="fc2", norm="norm")
     if type(mlp) is SwiGLU:
@@ -109,7 +113,8 @@ def _parts(block: Any) -> BlockParts:
 
 def view(model: Any) -> Backbone:
     """See the model as sites."""
-    from timm.models.vision_transformer import ResPostBlock
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
     register_rules()
     first = next(blocks_in(model.blocks))[2]
@@ -117,6 +122,8 @@ def view(model: Any) -> Backbone:
     sites = assemble(model.blocks, parts)
     pool = layers_in(model.attn_pool, is_linear, "pool", "pool") if model.attn_pool else ()
     post = isinstance(first, ResPostBlock)
+    missing = {"tokens": "its blocks normalize after the branches"} if post else {}
+    unplaced = _timm_positions.why_not(model, VisionTransformer, VisionTransformerDistilled)
     return Backbone(
         model=model,
         family="timm_vit",
@@ -127,8 +134,23 @@ def view(model: Any) -> Backbone:
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None if post else _tokens(model, parts),
+        positions=None if unplaced else _timm_positions.site(model, _timm_positions.PARTS),
         classifier=last_layers(model, "head", "head_dist"),
-        missing={"tokens": "its blocks normalize after the branches"} if post else {},
+        readouts=readouts(model, "head", "head_dist"),
+        missing={**missing, "positions": unplaced} if unplaced else missing,
+    )
+
+
+def readouts(model: Any, *names: str) -> tuple[ReadoutSite, ...]:
+    """Where a classifier is or could be; a distilled model has two, and averages what they say."""
+    distilled = getattr(model, "dist_token", None) is not None
+    return readouts_in(
+        model,
+        int(model.num_features),
+        *names,
+        dense=None if distilled else ((model, "global_pool", ""), (model, "attn_pool", None)),
+        grid=model.patch_embed.grid_size,
+        prefix=int(model.num_prefix_tokens),
     )
 
 
