@@ -275,6 +275,79 @@ def quickstart() -> str:
     )
 
 
+def peft_support() -> str:
+    """What works of PEFT's methods on each family, and why the rest does not."""
+    content = json.loads((ROOT / "benchmarks" / "peft_support.json").read_text(encoding="utf-8"))
+    families, rows = content["families"], content["rows"]
+    refused = {name: refusals(cells) for name, cells in rows.items()}
+    nowhere = [name for name in rows if len(refused[name]) == len(rows[name])]
+    working = [name for name in rows if name not in nowhere]
+    head = ["method", "starts as the base", "trained share", *(f"`{name}`" for name in families)]
+    body = []
+    for name in working:
+        cells = [cell for cell in rows[name].values() if "refused" not in cell]
+        same = all(cell["starts_as_base"] for cell in cells)
+        share = sorted(cell["share"] for cell in cells)[len(cells) // 2]
+        marks = [support(rows[name].get(family, {})) for family in families]
+        body.append([f"`{name}`", "yes" if same else "no", f"{share:.1%}", *marks])
+    parts = [
+        f"{len(rows)} names, of which {len(working)} work on at least one of {len(families)} "
+        f"families. {content['note']}. `benchmarks/peft_support.json`, {taken(content)}",
+        table(head, body),
+        "### What does not work everywhere",
+        table(["method", "where", "why"], exceptions(rows, working)),
+        "### What does not work on images",
+        table(["method", "why"], [[f"`{n}`", next(iter(refused[n].values()))] for n in nowhere]),
+    ]
+    return "\n\n".join(parts)
+
+
+def refusals(cells: dict[str, Any]) -> dict[str, str]:
+    """Family -> why a method was refused there, as one sentence."""
+    found = {family: cell["refused"] for family, cell in cells.items() if "refused" in cell}
+    return {family: text.split(" On a vision model work")[0] for family, text in found.items()}
+
+
+def support(cell: dict[str, Any]) -> str:
+    """T trains, M merges, R reloads bit for bit, P loads in plain PEFT; - where one does not."""
+    if not cell or "refused" in cell:
+        return "refused" if cell else ""
+    merges = isinstance(cell["merges"], float) and cell["merges"] < 1e-4
+    plain = isinstance(cell["plain"], float) and cell["plain"] < 1e-5
+    marks = (cell["trains"], merges, cell["reloads"], plain)
+    return "".join(mark if good else "-" for mark, good in zip("TMRP", marks, strict=True))
+
+
+def exceptions(rows: dict[str, Any], working: list[str]) -> list[list[str]]:
+    """One line per reason: the method, the families, and what was said."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in working:
+        for family, cell in rows[name].items():
+            for text in said_no(cell):
+                found.setdefault((name, text), []).append(family)
+    shared: dict[tuple[str, str], list[str]] = {}
+    for (name, text), families in found.items():
+        shared.setdefault((text, ", ".join(f"`{f}`" for f in families)), []).append(f"`{name}`")
+    return [
+        [", ".join(names) if len(names) < len(working) else "all", where, text]
+        for (text, where), names in shared.items()
+    ]
+
+
+def said_no(cell: dict[str, Any]) -> Iterator[str]:
+    """Why something does not work in one cell."""
+    if "refused" in cell:
+        yield next(iter(refusals({"": cell}).values()))
+        return
+    for key in ("merges", "plain"):
+        if isinstance(cell[key], str):
+            yield cell[key].strip("'\"")
+    if not cell["trains"]:
+        yield "the loss does not fall in three steps at this learning rate"
+    if not cell["reloads"]:
+        yield "the reloaded model differs"
+
+
 def taken(content: dict[str, Any]) -> str:
     """With what a benchmark was taken, in words."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
@@ -295,6 +368,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     budgets = DOCS / "concepts" / "budgets.md"
     text = filled(budgets.read_text(encoding="utf-8"), "flops", flops_budgets())
     yield budgets, filled(text, "latency", timed_budgets())
+    catalog = DOCS / "concepts" / "peft-catalog.md"
+    yield catalog, filled(catalog.read_text(encoding="utf-8"), "support", peft_support())
     yield DOCS / "methods" / "index.md", methods_index()
     yield DOCS / "reference" / "cli.md", cli_reference()
 

@@ -86,7 +86,7 @@ def write_record(
         "fingerprint": history.fingerprint,
         "plan": history.plan.to_json(),
         "merged": history.merged,
-        "quantized": history.quantized,
+        "quantized": kind == "adapter" and history.quantized,
         "foreign": foreign,
         "cost": {"before": history.before, "after": after},
         "metrics": history.metrics,

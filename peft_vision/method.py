@@ -121,6 +121,8 @@ class Adapter(Method):
 
     stage: ClassVar[Stage] = Stage.ADAPT
     derived: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = True
+    """Whether a model wrapped with default settings computes what it did before, until trained."""
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Prepare the backbone; the adapted model then injects `config`."""
@@ -132,6 +134,9 @@ class Adapter(Method):
 
     def start(self, backbone: Backbone, decisions: Decisions) -> None:
         """Give what PEFT injected its first values, where PEFT's own are not wanted."""
+
+    def learn(self, backbone: Backbone, decisions: Decisions, evidence: Evidence) -> None:
+        """First values that follow from data; called after `start` when a model is wrapped."""
 
     def trained(self, backbone: Backbone, decisions: Decisions) -> list[tuple[nn.Module, str]]:
         """(owner, attribute) of the parameters that are trained besides those that PEFT injects."""
@@ -152,12 +157,17 @@ class Adapter(Method):
 
 def names() -> list[str]:
     """Every method there is, sorted: files, third parties', and what the installed PEFT offers."""
-    return sorted({*filed(), *(point.name for point in _entry_points()), *_catalog().names()})
+    return sorted({*filed(), *(point.name for point in _entry_points()), *offered()})
 
 
 def filed() -> list[str]:
     """The methods that are files of this package, sorted."""
     return list(stems(*FOLDERS))
+
+
+def offered() -> list[str]:
+    """What the installed PEFT offers, sorted; PEFT is not imported."""
+    return list(_catalog().names())
 
 
 def find(name: str) -> type[Method]:
@@ -170,13 +180,13 @@ def find(name: str) -> type[Method]:
     if folder is not None:
         module = importlib.import_module(f"peft_vision.{folder}.{name}")
         return _method_in(module.__name__, vars(module))
+    if name in offered():
+        found: type[Method] = _catalog().find(name)
+        return found
     for point in _entry_points():
         if point.name == name:
             loaded: type[Method] = point.load()
             return loaded
-    if name in _catalog().names():
-        offered: type[Method] = _catalog().find(name)
-        return offered
     raise unknown("method", name, names())
 
 

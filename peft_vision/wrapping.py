@@ -90,7 +90,8 @@ def _wrap_one(
 ) -> nn.Module:
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
-    decisions = method.decide(backbone, method.strength, Evidence(data))
+    evidence = Evidence(data)
+    decisions = method.decide(backbone, method.strength, evidence)
     if isinstance(method, Adapter) and not decisions:
         raise BadSetting("The adapter has no targets at strength 0.")
     if history.before is None and (backbone.input_size or image_size):
@@ -100,7 +101,9 @@ def _wrap_one(
     step = Step(name_of(method), method.settings(), method.strength, decisions)
     method.apply(backbone, step.decisions)
     if isinstance(method, Adapter):
-        return adapt(model, method, history.then(step), image_size=image_size)
+        adapted = adapt(model, method, history.then(step), image_size=image_size)
+        method.learn(view(unwrap(adapted)), step.decisions, evidence)
+        return adapted
     if is_adapted(model):
         model.history = history.then(step)  # type: ignore[assignment]
         return model

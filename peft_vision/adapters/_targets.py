@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -67,6 +68,17 @@ def split_paths(backbone: Backbone, keys: Iterable[str]) -> tuple[list[str], lis
         [path for key, path in paths.items() if key not in heads],
         [path for key, path in paths.items() if key in heads],
     )
+
+
+def exactly(backbone: Backbone, paths: Sequence[str]) -> list[str] | str:
+    """Paths as PEFT takes them: a list, or a pattern where another module's name ends alike.
+
+    PEFT takes a name of a list for the end of others, too: ``norm`` for ``blocks.0.attn.norm``.
+    """
+    wanted = set(paths)
+    others = [name for name, _ in backbone.model.named_modules() if name not in wanted]
+    alike = any(name.endswith(tuple(f".{path}" for path in wanted)) for name in others)
+    return "|".join(re.escape(path) for path in paths) if alike else list(paths)
 
 
 def _is_dense(layer: nn.Module) -> bool:

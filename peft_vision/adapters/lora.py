@@ -15,9 +15,11 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from peft_vision.adapters._targets import check_targets, chosen_layers, split_paths
+from peft_vision.adapters._lean import lean
+from peft_vision.adapters._targets import check_targets, chosen_layers, exactly, split_paths
 from peft_vision.backbones.sites import Backbone, LayerSite
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.recomputed import unwatch, watch
 from peft_vision.layers.split_linear import NAMES, SplitLinear, fuse, split_outputs
 from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
 from peft_vision.method import Adapter, Evidence, check_range
@@ -85,6 +87,7 @@ class Lora(Adapter):
         for site in backbone.linears:
             if site.role == "qkv" and any(key in decisions for key in _thirds(site)):
                 setattr(site.owner, site.attribute, SplitLinear(split_outputs(site.layer, 3)))
+        watch(backbone.model)
 
     def start(self, backbone: Backbone, decisions: Decisions) -> None:
         """LoRAT's first values, where they are asked for."""
@@ -98,6 +101,7 @@ class Lora(Adapter):
 
     def fold(self, backbone: Backbone, decisions: Decisions) -> bool:
         """Fuse again what was split."""
+        unwatch(backbone.model)
         for owner in list(backbone.model.modules()):
             for name, child in list(owner.named_children()):
                 if isinstance(child, SplitLinear):
@@ -112,14 +116,16 @@ class Lora(Adapter):
     def config(self, backbone: Backbone, decisions: Decisions) -> LoraConfig:
         """PEFT's configuration; PEFT folders written with it load in plain PEFT."""
         layers, heads = split_paths(backbone, decisions)
-        return LoraConfig(
+        config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
-            target_modules=layers,
+            target_modules=exactly(backbone, layers),
             modules_to_save=heads or None,
         )
+        config._register_custom_module({nn.Linear: lean})  # noqa: SLF001 - PEFT's hook for layers
+        return config
 
     def _targets(self) -> tuple[str, ...]:
         """The targets; queries alone are a part of what computes all three, once it is split."""

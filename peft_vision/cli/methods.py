@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+import typer
 
-def methods() -> None:
-    """List methods and presets."""
+MANY = "From PEFT, by its names (methods that cannot work on images say so when asked for)"
+
+
+def methods(
+    name: str = typer.Argument("", help="One method: its settings and their defaults."),
+) -> None:
+    """List methods and presets, or the settings of one method."""
+    if name:
+        _one(name)
+    else:
+        _all()
+
+
+def _all() -> None:
+    import ast
+
     from rich.console import Console
     from rich.table import Table
 
     from peft_vision import presets
-    from peft_vision.method import find, names
+    from peft_vision.lookup import PACKAGE, stems
+    from peft_vision.method import FOLDERS, filed, find, names, offered
 
     table = Table("name", "kind", "what it does")
-    for name in names():
-        cls = find(name)
-        summary = (sys_doc(cls.__module__) or "").strip().splitlines()[0]
-        table.add_row(name, cls.__module__.split(".")[-2], summary)
-    for name in presets.names():
-        table.add_row(name, "preset", presets.read(name)["about"])
-    Console().print(table)
+    for stem, folder in stems(*FOLDERS).items():
+        text = (PACKAGE / folder / f"{stem}.py").read_text(encoding="utf-8")
+        summary = (ast.get_docstring(ast.parse(text)) or "").strip().splitlines()[0]
+        table.add_row(stem, folder, summary)
+    for other in names():
+        if other not in {*filed(), *offered()}:
+            about = (find(other).__doc__ or "").strip().splitlines() or [""]
+            table.add_row(other, "installed", about[0])
+    for preset in presets.names():
+        table.add_row(preset, "preset", presets.read(preset)["about"])
+    console = Console()
+    console.print(table)
+    console.print(f"{MANY}:\n{', '.join(sorted(set(offered()) - set(filed())))}")
 
 
-def sys_doc(module: str) -> str | None:
-    """The docstring of an imported module."""
-    import sys
+def _one(name: str) -> None:
+    import dataclasses
 
-    return sys.modules[module].__doc__
+    from rich.console import Console
+    from rich.table import Table
+
+    from peft_vision.method import find
+
+    cls = find(name)
+    table = Table("setting", "default")
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default is not dataclasses.MISSING else "-"
+        fitted = field.metadata.get("fitted")
+        named = repr(default) if default is not None or fitted is None else f"{fitted!r}, or less"
+        table.add_row(field.name, named)
+    console = Console()
+    console.print(f"{name}: {(cls.__doc__ or '').strip().partition(chr(10))[0]}")
+    console.print(table)

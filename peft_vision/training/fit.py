@@ -14,6 +14,7 @@ from peft_vision.backbones import view
 from peft_vision.cost import unwrap
 from peft_vision.errors import BadSetting, DataError, MissingExtra
 from peft_vision.training import checkpoints
+from peft_vision.training.optimizers import is_from_peft, peft_optimizer
 from peft_vision.training.processes import joined
 from peft_vision.training.settings import TrainSettings, training_arguments
 
@@ -68,6 +69,8 @@ def fit(
         arguments = _arguments(settings, folder, seed, validated=validation_set is not None)
         keep = settings.keep_checkpoints
         trainer = _trainer(model, task, arguments, train_set, validation_set, keep)
+        if is_from_peft(settings.optimizer):
+            trainer.optimizer = peft_optimizer(model, settings)
         _callbacks(trainer, settings, log_dir or (run_dir / "logs" if run_dir else None), folder)
         if teacher is not None:
             teacher.to(trainer.args.device)
@@ -113,10 +116,13 @@ def _trainer(
 ) -> VisionTrainer:
     from transformers import PrinterCallback
 
+    from peft_vision.training.allocation import allocation_of
     from peft_vision.training.trainer import VisionTrainer
 
     trainer = VisionTrainer(model, task, arguments, train_set, validation_set, keep)
     trainer.remove_callback(PrinterCallback)
+    if (allocation := allocation_of(model)) is not None:
+        trainer.add_callback(allocation)
     return trainer
 
 

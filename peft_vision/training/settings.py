@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Positive = Annotated[int, Field(ge=1)]
-Optimizer = Literal["adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
+Optimizer = Literal[
+    "adamw",
+    "sgd",
+    "adafactor",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "loraplus",
+    "lorafa",
+    "riemannian",
+]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 Logger = Literal["tensorboard", "trackio", "wandb"]
@@ -28,6 +37,9 @@ class TrainSettings(BaseModel):
         batch_size: images per optimizer step over *all* processes.
         micro_batch: the most images one process holds at a time; smaller than its share of
             `batch_size` means gradient accumulation. None: no accumulation.
+        optimizer: the last three are PEFT's, for low-rank updates.
+        learning_rate_ratio: with loraplus, how many times faster the second matrix of an update
+            learns than the first (16 in the paper).
         warmup: fraction of all steps during which the learning rate rises from 0.
         save_every, evaluate_every: in optimizer steps; None: once an epoch.
         keep_checkpoints: how many complete checkpoints stay on disk while the run goes on.
@@ -41,6 +53,7 @@ class TrainSettings(BaseModel):
     micro_batch: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 5e-4
     optimizer: Optimizer = "adamw"
+    learning_rate_ratio: Annotated[float, Field(ge=1, le=1000)] = 16.0
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.05
     schedule: Schedule = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -109,9 +122,11 @@ def training_arguments(
     micro, passes = share_of(settings, processes)
     accelerated = on_accelerator(settings.device)
     on_gpu = accelerated and torch.cuda.is_available()
+    plain = "adamw_torch_fused" if on_gpu else "adamw_torch"
     names = {
-        "adamw": "adamw_torch_fused" if on_gpu else "adamw_torch",
+        "adamw": plain,
         "adamw_8bit": "adamw_bnb_8bit",
+        **dict.fromkeys(("loraplus", "lorafa", "riemannian"), plain),  # made from the model instead
     }
     others: list[str] = [name for name in settings.loggers if name != "tensorboard"]
     return TrainingArguments(

@@ -32,7 +32,7 @@ HEIGHTS = (
     ("sources", "backbones"),
     ("method", "cost"),
     (*METHOD_KINDS, "presets"),
-    ("tasks", "data"),
+    ("tasks", "data", "streams"),
     ("history", "card", "artifact", "hub", "tracing", "exporting", "report", "training"),
     ("adapted", "several", "compressed", "wrapping", "loading", "merging"),
     ("search", "pricing", "compression", "evaluation", "recovery"),
@@ -58,6 +58,14 @@ HOMONYMS = {
         "peft_vision/data/preprocessing.py",  # the strength of RandAugment, in torchvision's words
         "peft_vision/data/settings.py",  # the same
         "peft_vision/adapters/lora.py",  # PEFT's name for DoRA's vector
+    },
+    "lora": {  # PEFT's names of its classes, tensors and settings
+        "peft_vision/adapted.py",
+        "peft_vision/adapters/_explained_variance.py",
+        "peft_vision/adapters/_lean.py",
+        "peft_vision/adapters/_refusals.py",
+        "peft_vision/adapters/_variants.py",
+        "peft_vision/training/optimizers.py",
     },
 }
 

@@ -111,7 +111,8 @@ def test_an_adapter_starts_as_the_identity_and_trains(family: str, method: str) 
     x = images(model).double()
     before = run(model, x)
     adapted = wrapped(model, method)
-    assert (run(adapted, x) - before).abs().max() < 1e-12
+    changed = (run(adapted, x) - before).abs().max()
+    assert (changed < 1e-12) == find(method).keeps_function
     main_output(adapted.train()(x)).square().sum().backward()
     trained = [(n, p) for n, p in adapted.named_parameters() if p.requires_grad]
     silent = [n for n, p in trained if p.grad is None]
@@ -168,7 +169,7 @@ def families_of(index: int) -> list[str]:
     return [USUAL, *(others[(PER_PAIR * index + i) % len(others)] for i in range(PER_PAIR))]
 
 
-USUAL, PER_PAIR = "timm_vit", 4
+USUAL, PER_PAIR = "timm_vit", 2
 PAIRS = [
     pytest.param(family, pair, id=f"{family}-{'-then-'.join(pair)}")
     for index, pair in enumerate(itertools.product(METHODS, repeat=2))
