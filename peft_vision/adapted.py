@@ -34,7 +34,6 @@ from peft_vision.files import staged_folder, write_json_atomic, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
 from peft_vision.layers.quantized import dequantize
-from peft_vision.method import Adapter, make
 from peft_vision.several import add_weighted, load_beside
 
 CONFIG = "adapter_config.json"
@@ -81,8 +80,7 @@ class AdaptedModel(peft.PeftModel):
         backbone = view(self.plain_model)
         wanted = {
             id(getattr(owner, attribute))
-            for step in self.history.plan.steps
-            if isinstance(method := make(step.method, dict(step.settings)), Adapter)
+            for method, step in self.history.adapters
             for owner, attribute in method.trained(backbone, step.decisions)
         }
         return {n: p for n, p in self.plain_model.named_parameters() if id(p) in wanted}
@@ -97,10 +95,8 @@ class AdaptedModel(peft.PeftModel):
         backbone = view(self.plain_model)
         if self.history.changed_structure:
             return "the base's structure was changed"
-        for step in self.history.plan.steps:
-            method = make(step.method, dict(step.settings))
-            reason = isinstance(method, Adapter) and method.foreign(backbone, step.decisions)
-            if reason:
+        for method, step in self.history.adapters:
+            if reason := method.foreign(backbone, step.decisions):
                 return f"{step.method}: {reason}"
         if backbone.bypassed:
             return (

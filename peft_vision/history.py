@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from peft_vision.method import Adapter, Method, find
+from peft_vision.method import Adapter, Method, find, make
 from peft_vision.plan import Plan, Step
 from peft_vision.sources import Spec, spec_of
 
@@ -24,8 +24,8 @@ class History:
     Attributes:
         source: how to build the base architecture again; None when only the user can.
         plan: every step since.
-        merged: adapters were folded into the weights; steps of theirs that are left in the plan are
-            parts of the model now.
+        merged: of how many of the first steps the adapters were folded into the weights; those that
+            are left in the plan are parts of the model now.
         fingerprint: of the base's weights, to refuse a wrong base.
         before: cost of the base, as JSON.
         metrics: name -> figure or record, e.g. ``{"top1": {"value": 0.91, "n": 556}}``.
@@ -35,7 +35,7 @@ class History:
 
     source: Spec | None = None
     plan: Plan = field(default_factory=Plan)
-    merged: bool = False
+    merged: int = 0
     fingerprint: str | None = None
     before: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class History:
         return cls(
             source=content.get("source"),
             plan=Plan.from_json(content.get("plan") or {}),
-            merged=bool(content.get("merged")),
+            merged=int(content.get("merged") or 0),
             fingerprint=content.get("fingerprint"),
             before=(content.get("cost") or {}).get("before"),
             metrics=dict(content.get("metrics") or {}),
@@ -65,26 +65,36 @@ class History:
     @property
     def changed_structure(self) -> bool:
         """Whether the base's weights can no longer be had from where the base came from."""
-        return self.merged or any(not method.derived for method in self._methods())
+        return self.merged > 0 or any(not method.derived for method in self._methods())
 
     @property
     def quantized(self) -> bool:
         """Whether a step stored the base's weights in fewer bits."""
         return any(m.derived and not issubclass(m, Adapter) for m in self._methods())
 
+    @property
+    def adapters(self) -> list[tuple[Adapter, Step]]:
+        """The adapters that are in place, with their steps; merged ones are not adapters now."""
+        steps = self.plan.steps[self.merged :]
+        made = [(make(step.method, dict(step.settings)), step) for step in steps]
+        return [(method, step) for method, step in made if isinstance(method, Adapter)]
+
     def without_adapters(self) -> History:
         """This history without its adapters."""
-        kept = (s for s in self.plan.steps if not issubclass(find(s.method), Adapter))
-        return replace(self, plan=Plan(tuple(kept)))
+        return self._only(lambda method: not issubclass(method, Adapter))
 
     def in_full_precision(self) -> History:
         """This history without what stored weights in fewer bits."""
-        kept = (
+        return self._only(lambda method: issubclass(method, Adapter) or not method.derived)
+
+    def _only(self, wanted: Callable[[type[Method]], bool]) -> History:
+        """This history with the steps of some methods; what is merged stays in any case."""
+        kept = tuple(
             step
-            for step, method in zip(self.plan.steps, self._methods(), strict=True)
-            if issubclass(method, Adapter) or not method.derived
+            for number, step in enumerate(self.plan.steps)
+            if number < self.merged or wanted(find(step.method))
         )
-        return replace(self, plan=Plan(tuple(kept)))
+        return replace(self, plan=Plan(kept))
 
     def then(self, *steps: Step) -> History:
         """This history with further steps. What was measured before them holds no more."""

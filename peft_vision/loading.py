@@ -118,7 +118,7 @@ def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
     """
     so_far = replace(history, plan=Plan())
     wrapped: Any = None
-    for step in history.plan.steps:
+    for number, step in enumerate(history.plan.steps):
         method = _method(step.method, dict(step.settings))
         backbone = view(model)
         so_far = so_far.then(step)
@@ -126,7 +126,7 @@ def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
             method.apply(backbone, step.decisions)
         except KeyError as error:
             raise DamagedArtifact(f"The plan names a site {error} that the base lacks.") from error
-        if isinstance(method, Adapter) and not history.merged:
+        if isinstance(method, Adapter) and number >= history.merged:
             wrapped = adapt(wrapped or model, method, so_far, empty=empty)
     if wrapped is None:
         return CompressedModel(model, history)

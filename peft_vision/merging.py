@@ -13,8 +13,7 @@ from peft_vision.compressed import CompressedModel
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.history import History
 from peft_vision.loading import base_of, replay
-from peft_vision.method import Adapter, make
-from peft_vision.plan import Plan, Step
+from peft_vision.plan import Plan
 from peft_vision.wrapping import is_adapted
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def merge(
     else:
         full = copy.deepcopy(adapted)
     history = adapted.history.in_full_precision()
-    plain = _unload(full)
+    plain = _unload(full).requires_grad_(True)
     left = _fold(plain, history)
     if not left.changed_structure:
         return plain
@@ -68,16 +67,14 @@ def _unload(adapted: AdaptedModel) -> nn.Module:
 
 def _fold(plain: nn.Module, history: History) -> History:
     """Fold what adapters put into the model, last first; the history of what is left."""
-    kept: list[Step] = []
-    stayed = history.merged
-    for step in reversed(history.plan.steps):
-        method = make(step.method, dict(step.settings))
-        if not isinstance(method, Adapter):
-            kept.append(step)
-        elif not method.fold(view(plain), step.decisions):
-            kept.append(step)
-            stayed = True
-    return replace(history, plan=Plan(tuple(reversed(kept))), merged=stayed)
+    gone = [
+        step
+        for method, step in reversed(history.adapters)
+        if method.fold(view(plain), step.decisions)
+    ]
+    left = tuple(step for step in history.plan.steps if not any(step is other for other in gone))
+    stays = history.merged or len(gone) < len(history.adapters)
+    return replace(history, plan=Plan(left), merged=len(left) if stays else 0)
 
 
 def _in_full_precision(

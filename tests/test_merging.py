@@ -80,3 +80,23 @@ def test_another_base_is_refused() -> None:
         pv.merge(adapted, base=build("timm_vit", seed=7))
     with pytest.raises(WrongBase, match="merge"):
         pv.merge(adapted)
+
+
+def test_what_stays_is_structure_and_takes_a_further_adapter(tmp_path: Path) -> None:
+    dense = build("timm_vit")
+    x = images()
+    headed = moved(pv.wrap(copy.deepcopy(dense), "mlp_head", outputs=3))
+    merged = pv.merge(headed)
+    assert merged.history.merged == 1
+    assert torch.equal(run(merged, x), run(headed, x))
+    again = moved(pv.wrap(merged, "lora", r=4, train_head=False))
+    trained = [name for name, p in again.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained), "a merged head is frozen like the rest"
+    again.save_pretrained(tmp_path / "out")
+    loaded = pv.load(tmp_path / "out", base=dense)
+    assert torch.equal(run(loaded, x), run(again, x))
+    assert loaded.history.plan == again.history.plan
+    plain = pv.merge(loaded)
+    assert [step.method for step in plain.history.plan.steps] == ["mlp_head"]
+    assert (run(plain, x) - run(again, x)).abs().max() < 1e-5

@@ -36,6 +36,7 @@ class AttentionParts:
         dropout: Dropout module, or attribute holding the probability, on the attention weights.
         out_dropout: Dropout module after `out`, if any.
         rotate: applies rotary positions to queries or keys, for families that have them.
+        unrotated: attribute that holds how many of the first tokens have no position, if any.
     """
 
     qkv: tuple[str, ...]
@@ -51,6 +52,7 @@ class AttentionParts:
     dropout: str | None = None
     out_dropout: str | None = None
     rotate: Rotate | None = None
+    unrotated: str | None = None
 
 
 def head_dim(attention: nn.Module, parts: AttentionParts) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.attention import AttentionParts, OpenAttention, attend, finish, project
+from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 
 
@@ -42,6 +43,11 @@ def attention_of(block: nn.Module, parts: BlockParts) -> nn.Module:
     """The family's own attention module, also where it has been opened."""
     attention: nn.Module = getattr(block, parts.attention)
     return attention.attention if isinstance(attention, OpenAttention) else attention
+
+
+def mlp_of(block: nn.Module, parts: BlockParts) -> nn.Module:
+    """The family's own MLP module, also where something stands beside it."""
+    return inside(getattr(block, parts.mlp))
 
 
 def attention_half(

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_vision.layers.block import BlockParts, attention_half, mlp_half, refuse_mask
+from peft_vision.layers.block import (
+    BlockParts,
+    attention_half,
+    attention_of,
+    mlp_half,
+    refuse_mask,
+)
+from peft_vision.layers.prompts import Prompts, without
 
 GONE = -1
 """Position of a token that stands for several patches."""
@@ -45,15 +52,31 @@ class Reducer(nn.Module, ABC):
 
 
 class Trunk(nn.Module):
-    """Blocks in a row, with reducers inside some of them. Input and output: B N C."""
+    """Blocks in a row, with reducers inside some of them. Input and output: B N C.
+
+    Prompts join the stream before the blocks named, and have left it behind the last block.
+    """
 
     def __init__(self, blocks: list[nn.Module], parts: BlockParts, prefix: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.reducers = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
         self.parts = parts
         self.prefix = prefix
         self.checkpointing = False
+
+    def insert(self, prompts: dict[int, Prompts]) -> None:
+        """Put prompts before blocks, all of one count; they replace those of the block before.
+
+        Like the class token they have no position: rotary attention leaves them unrotated.
+        """
+        self.prompts.update({str(index): tokens for index, tokens in prompts.items()})
+        name = self.parts.attention_parts.unrotated
+        first = min(prompts)
+        for block in list(self.blocks)[first:] if name is not None else ():
+            attention: nn.Module = attention_of(block, self.parts)
+            setattr(attention, str(name), getattr(attention, str(name)) + prompts[first].count)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The stream after all blocks.
@@ -62,22 +85,26 @@ class Trunk(nn.Module):
             UnsupportedSite: an attention mask was passed.
         """
         refuse_mask(self.parts, args, kwargs)
-        reducers = dict(self.reducers.items())
+        reducers, prompts = dict(self.reducers.items()), dict(self.prompts.items())
+        extra = 0
         for index, block in enumerate(self.blocks):
-            reducer = reducers.get(str(index))
+            reducer, prompt = reducers.get(str(index)), prompts.get(str(index))
+            if isinstance(prompt, Prompts):
+                x, extra = prompt(x, self.prefix, extra), prompt.count
             if self.checkpointing and self.training:
                 x, kwargs = checkpoint(
-                    self._step, block, reducer, x, args, kwargs, use_reentrant=False
+                    self._step, block, reducer, x, extra, args, kwargs, use_reentrant=False
                 )
             else:
-                x, kwargs = self._step(block, reducer, x, args, kwargs)
-        return x
+                x, kwargs = self._step(block, reducer, x, extra, args, kwargs)
+        return without(x, self.prefix, extra)
 
     def _step(
         self,
         block: nn.Module,
         reducer: nn.Module | None,
         x: Tensor,
+        extra: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -85,7 +112,7 @@ class Trunk(nn.Module):
             return block(x, *args, **kwargs), kwargs
         rope = kwargs.get(self.parts.rope) if self.parts.rope else None
         x, q, k = attention_half(block, self.parts, x, rope)
-        x, places = reducer(x, q, k, self.prefix)
+        x, places = reducer(x, q, k, self.prefix + extra)
         if rope is not None and self.parts.rope is not None:
             kwargs = {**kwargs, self.parts.rope: take_positions(rope, places)}
         return mlp_half(block, self.parts, x), kwargs
