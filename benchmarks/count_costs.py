@@ -18,8 +18,14 @@ import peft_vision as pv
 
 NAME = "timm/vit_small_patch16_224"
 NOTE = f"Counted on `{NAME}`, 224 px, batch size 1, without weights"
-RUNS: dict[str, tuple[str, tuple[float, ...]]] = {
+RUNS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "bitfit": ("which", ("all", "attention", "norms")),
+    "bottleneck_adapter": ("width", (16, 64)),
+    "decoupled_position": ("std", (0.0,)),
+    "linear_head": ("outputs", (1000, 10)),
     "lora": ("r", (4, 16, 64)),
+    "mlp_head": ("layers", (2, 3)),
+    "vpt": ("tokens", (5, 10, 50)),
     "magnitude": ("ratio", (0.1, 0.3, 0.5, 0.7)),
     "token_reorganization": ("keep_rate", (0.9, 0.7, 0.5, 0.3)),
 }

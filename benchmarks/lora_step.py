@@ -147,10 +147,11 @@ def held(model: nn.Module, setting: Setting) -> dict[str, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = setting.loss(model)
-    sizes = [(tuple(t.shape), t.untyped_storage().nbytes()) for t in kept.values()]
-    copies = sum(size for shape, size in sizes if shape in shapes)
     del loss
-    return {"activations": sum(size for _, size in sizes) - copies, "weight_copies": copies}
+    sizes = {place: t.untyped_storage().nbytes() for place, t in kept.items()}
+    low = [p for p, t in kept.items() if t.dtype in (torch.bfloat16, torch.float16)]
+    copies = sum(sizes[place] for place in low if tuple(kept[place].shape) in shapes)
+    return {"activations": sum(sizes.values()) - copies, "weight_copies": copies}
 
 
 def timed(models: dict[str, nn.Module], setting: Setting, rounds: int) -> dict[str, Any]:

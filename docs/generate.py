@@ -187,7 +187,28 @@ def methods_index() -> str:
         for card in cards()
     ]
     head = ["method", "mechanism", "what it is", "needs", "used by presets"]
-    return f"# Methods\n\n{GENERATED}\n\n{table(head, rows)}\n"
+    page = f"# Methods\n\n{GENERATED}\n\n{table(head, rows)}\n"
+    return f"{page}\n## Adapters compared\n\n{adapter_accuracy()}\n"
+
+
+def adapter_accuracy() -> str:
+    """Adapters on the same images, with the same steps and seeds."""
+    file = ROOT / "benchmarks" / "adapter_accuracy.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    parts = []
+    for name, data in content["sets"].items():
+        head = ["", "trained", "top-1, %", "deviation over seeds", "standard error of one run"]
+        rates = "; ".join(f"{run} {rate:g}" for run, rate in content["learning_rates"].items())
+        parts += [
+            table(head, data["rows"]),
+            f"{name}, {content['side']} px, {data['train']:,} training and {data['test']:,} test "
+            f"images, {data['epochs']} epochs of batches of {content['batch']}, "
+            f"{len(content['seed'])} seeds, the embedded ViT-S/14. Learning rates, usual and not "
+            f"tuned: {rates}. With so few images and steps this compares how fast methods get "
+            "somewhere, not where they end. "
+            f"`benchmarks/{file.name}`, {taken(content)}",
+        ]
+    return "\n\n".join(parts)
 
 
 def cli_reference() -> str:

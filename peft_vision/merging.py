@@ -50,8 +50,9 @@ def merge(
     else:
         full = copy.deepcopy(adapted)
     history = adapted.history.in_full_precision()
-    plain = _unload(full).requires_grad_(True)
+    plain = _unload(full)
     left = _fold(plain, history)
+    plain.requires_grad_(True)  # as models are built; PEFT leaves them frozen
     if not left.changed_structure:
         return plain
     return CompressedModel(plain, left)

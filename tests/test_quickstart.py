@@ -60,7 +60,7 @@ class TestRun:
     def test_recovery_trained_the_weights(self, done: Outcome) -> None:
         """The recovered model is not the dense one cut to size."""
         from peft_vision.loading import load
-        from peft_vision.wrapping import merge
+        from peft_vision.merging import merge
 
         dense = merge(load(done.adapter)).state_dict()
         small = load(done.compressed).plain_model.state_dict()

@@ -107,7 +107,9 @@ def _error_table(errors: dict[str, float], backbone: Backbone) -> Table:
     """Every layer, the worst first, and the mean over the layers of each role."""
     from rich.table import Table
 
-    roles = {site.key: site.role for site in backbone.linears}
+    # A layer that has been split since keeps the key it had, which ends in its role.
+    split = {key: key.rpartition(".")[2] for key in errors if key.startswith("blocks.")}
+    roles = {**split, **{site.key: site.role for site in backbone.linears}}
     table = Table("layer", "role", "error", title="Rounded weights: |rounded - full| / |full|")
     for key, error in errors.items():
         table.add_row(key, roles.get(key, ""), f"{error:.4f}")

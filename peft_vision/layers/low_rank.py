@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peft_vision.layers.products import linear
 from peft_vision.layers.recomputed import origin_of
 
 CAST = "_peft_vision_cast"
@@ -87,15 +88,14 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.again, ctx.folded = how
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (low.dtype, x.dtype)
-        rows, mid = low.reshape(-1, low.shape[-1]), None
+        mid = None
         # Not a view, which the caller could not change in place; some attention adds its bias so.
-        y = low.new_empty(*x.shape[:-1], weight.shape[0])
-        out = y.view(-1, y.shape[-1])
         if ctx.folded:
-            _product(rows, torch.addmm(weight, up, down, alpha=scale), bias, out)
+            y = linear(low, torch.addmm(weight, up, down, alpha=scale), bias)
         else:
-            _product(rows, weight.to(low.dtype), bias, out)
-            mid = rows @ down.to(low.dtype).t()
+            y = linear(low, weight.to(low.dtype), bias)
+            out = y.view(-1, y.shape[-1])
+            mid = linear(low.reshape(-1, low.shape[-1]), down.to(low.dtype))
             torch.addmm(out, mid, up.to(low.dtype).t(), alpha=scale, out=out)
         needs_x = ctx.needs_input_grad[2] or (ctx.folded and ctx.needs_input_grad[3])
         ctx.save_for_backward(
@@ -116,10 +116,10 @@ class _LowRankLinear(torch.autograd.Function):
             g, down_low = grad.reshape(-1, grad.shape[-1]), down.to(dtype)
             rows = None if kept is None else _rows(ctx, kept)
             if needs_up:
-                mid = rows @ down_low.t() if mid is None else mid
+                mid = linear(rows, down_low) if mid is None and rows is not None else mid
                 grad_up = (g.t() @ mid).mul_(ctx.scale).to(up.dtype)
             if needs_down or (needs_x and not folded):
-                thin = (g @ up.to(dtype)).mul_(ctx.scale)
+                thin = linear(g, up.to(dtype).t().contiguous()).mul_(ctx.scale)
             if rows is not None and thin is not None and needs_down:
                 # Of the two ways around, the one with the long side first is the faster product.
                 grad_down = (rows.t() @ thin).t().to(down.dtype)
@@ -140,18 +140,11 @@ def _grad_of_x(
 ) -> Tensor:
     weight, down, up = weights
     if ctx.folded or thin is None:
-        grad = g @ torch.addmm(weight, up, down, alpha=ctx.scale)
+        grad = linear(g, torch.addmm(weight, up, down, alpha=ctx.scale).t())
     else:
-        grad = g @ weight.to(g.dtype)
+        grad = linear(g, weight.to(g.dtype).t())
         torch.addmm(grad, thin, down, out=grad)
     return grad.view(ctx.shape).to(ctx.dtypes[1])
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(rows, weight.t(), out=out)
-    else:
-        torch.addmm(bias.to(rows.dtype), rows, weight.t(), out=out)
 
 
 def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:

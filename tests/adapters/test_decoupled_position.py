@@ -273,7 +273,7 @@ def test_with_pruning_before_and_after(name: str, order: tuple[str, str], tmp_pa
 
 @pytest.mark.parametrize("backbone", [timm_beit, timm_swin, timm_relpos])
 def test_relative_positions_are_refused_by_name(backbone: Any) -> None:
-    with pytest.raises(UnsupportedSite, match=r"has no positions .* biases between pairs"):
+    with pytest.raises(UnsupportedSite, match=r"has no positions: .* biases between pairs"):
         pv.wrap(backbone(), METHOD)
 
 

@@ -93,18 +93,6 @@ def test_cost_never_rises_with_strength(family: str, method: str) -> None:
 
 
 @every_family
-@every_method
-def test_a_wrapped_model_is_called_like_the_one_that_went_in(family: str, method: str) -> None:
-    model = model_of(family)
-    x = images(model)
-    before = model(x)
-    after = wrapped(model, method).eval()(x)
-    assert type(after) is type(before)
-    if isinstance(before, Tensor):
-        assert after.shape == before.shape
-
-
-@every_family
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_an_adapter_starts_as_the_identity_and_trains(family: str, method: str) -> None:
     model = model_of(family).double()
@@ -153,11 +141,17 @@ def saved_and_loaded(model: Any, folder: Path, base: nn.Module) -> Any:
 
 @every_family
 @every_method
-def test_reload_is_bit_exact(family: str, method: str, tmp_path: Path) -> None:
+def test_a_wrapped_model_is_called_like_before_and_reloads_bit_exactly(
+    family: str, method: str, tmp_path: Path
+) -> None:
     model = model_of(family)
     dense = copy.deepcopy(model)
     x = images(model)
+    before = dense(x)
     changed = shaken(wrapped(model, method))
+    after = changed.eval()(x)
+    assert type(after) is type(before)
+    assert not isinstance(before, Tensor) or after.shape == before.shape
     again = saved_and_loaded(changed, tmp_path / "out", dense)
     assert torch.equal(run(again, x), run(changed, x))
     assert again.history.plan == changed.history.plan
@@ -169,7 +163,7 @@ def families_of(index: int) -> list[str]:
     return [USUAL, *(others[(PER_PAIR * index + i) % len(others)] for i in range(PER_PAIR))]
 
 
-USUAL, PER_PAIR = "timm_vit", 2
+USUAL, PER_PAIR = "timm_vit", 1
 PAIRS = [
     pytest.param(family, pair, id=f"{family}-{'-then-'.join(pair)}")
     for index, pair in enumerate(itertools.product(METHODS, repeat=2))
