@@ -28,13 +28,13 @@ from peft_vision.artifact import (
     write_weights,
 )
 from peft_vision.backbones import view
-from peft_vision.cost import example_input_of, input_size, measure, on_twin
-from peft_vision.errors import BadSetting, DamagedArtifact, GradientMissing, UnsupportedSite
+from peft_vision.cost import measure
+from peft_vision.errors import BadSetting, DamagedArtifact, UnsupportedSite
 from peft_vision.files import staged_folder, write_json_atomic, writing
 from peft_vision.history import History
 from peft_vision.hub import push_model
 from peft_vision.layers.quantized import dequantize
-from peft_vision.several import add_weighted, load_beside
+from peft_vision.several import INSIDE, add_weighted, load_beside, renamed
 
 CONFIG = "adapter_config.json"
 
@@ -297,68 +297,6 @@ def load_adapter_weights(model: AdaptedModel, folder: Path, prefix: str) -> None
             model at hand may have another, or none.
     """
     own = view(model.plain_model).prefix
-    inside = "base_model.model."
     parts = read_weights(folder / PARTS) if (folder / PARTS).is_file() else {}
-    injected = _renamed(read_weights(folder / ADAPTER), inside + prefix, inside + own)
-    model.load_tensors(injected, _renamed(parts, prefix, own))
-
-
-def _renamed(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
-    return {
-        new + name.removeprefix(old) if name.startswith(old) else name: tensor
-        for name, tensor in tensors.items()
-    }
-
-
-USUAL_SIZE = 224
-
-
-def prove_gradient(model: AdaptedModel, image_size: tuple[int, int] | int | None = None) -> int:
-    """Prove that every adapter receives gradient, by a forward and backward pass on `meta`.
-
-    No memory is used and no number is read: what is shown is that each trainable tensor is part of
-    the computation. Some families read a linear's weight instead of calling it, and adapters on
-    them would be silent; trained parts beside them (a head) would still learn. An adapter that
-    cannot do without numbers is proven on a copy.
-
-    Args:
-        image_size: for models that do not say theirs; 224 is tried then.
-
-    Returns:
-        How many trainable tensors were proven.
-
-    Raises:
-        GradientMissing: some are not reached, by name; or the proof cannot be made.
-    """
-    plain = model.plain_model
-    size = input_size(plain, image_size or (None if view(plain).input_size else USUAL_SIZE))
-    try:
-        wanted = on_twin(plain, lambda copy: _trained_once(copy, size))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise GradientMissing(
-            f"Whether the adapters train could not be shown: one image of {size} fails in "
-            f"{type(model.plain_model).__name__} ({error}). Pass image_size=(H, W)."
-        ) from error
-    silent = [name for name, p in wanted if p.grad is None]
-    if silent or not wanted:
-        raise GradientMissing(
-            f"{len(silent)} of {len(wanted)} trainable tensors would receive no gradient, first "
-            f"{', '.join(silent[:3]) or 'none'}. {type(model.plain_model).__name__} does not call "
-            "these layers in its forward pass; choose other targets."
-        )
-    return len(wanted)
-
-
-def _trained_once(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters of `model`, after one backward pass."""
-    with torch.enable_grad():
-        torch.autograd.backward(_total(model.train()(example_input_of(model, size))))
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def _total(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output.sum()
-    tensors = output.values() if isinstance(output, Mapping) else output
-    parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack(parts).sum()
+    injected = renamed(read_weights(folder / ADAPTER), INSIDE + prefix, INSIDE + own)
+    model.load_tensors(injected, renamed(parts, prefix, own))

@@ -50,7 +50,8 @@ def load_beside(model: peft.PeftModel, own: History, folder: Path, name: str) ->
     method: Any = make(step.method, dict(step.settings))
     config = _config(method, backbone, step, folder)
     _add(model, name, config, folder)
-    tensors = _renamed(read_weights(folder / ADAPTER), str(content.get("prefix") or ""), backbone)
+    there = INSIDE + str(content.get("prefix") or "")
+    tensors = renamed(read_weights(folder / ADAPTER), there, INSIDE + backbone.prefix)
     set_peft_model_state_dict(model, tensors, adapter_name=name)
     return other
 
@@ -99,9 +100,12 @@ def _add(model: peft.PeftModel, name: str, config: peft.PeftConfig, folder: Path
     model.add_adapter(name, config)
 
 
-def _renamed(tensors: dict[str, Tensor], prefix: str, backbone: Backbone) -> dict[str, Tensor]:
-    old, new = INSIDE + prefix, INSIDE + backbone.prefix
-    return {new + key.removeprefix(old): tensor for key, tensor in tensors.items()}
+def renamed(tensors: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """Tensors whose names began with `old`, under names that begin with `new`."""
+    return {
+        new + name.removeprefix(old) if name.startswith(old) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def add_weighted(

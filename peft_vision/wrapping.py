@@ -16,6 +16,7 @@ from peft_vision.lookup import stems
 from peft_vision.method import Adapter, Evidence, Method, find, make, name_of
 from peft_vision.plan import Step
 from peft_vision.presets import expand
+from peft_vision.proof import prove_gradient
 
 if TYPE_CHECKING:
     from peft_vision.adapted import AdaptedModel
@@ -128,7 +129,7 @@ def adapt(
         BadSetting: the model carries an adapter of PEFT's already and this is another.
         GradientMissing: it would not train.
     """
-    from peft_vision.adapted import AdaptedModel, prove_gradient
+    from peft_vision.adapted import AdaptedModel
 
     decisions = history.plan.steps[-1].decisions
     config = method.config(view(unwrap(model)), decisions)

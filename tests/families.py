@@ -299,3 +299,20 @@ def features(output: Any) -> Tensor:
         if value is not None:
             return value  # type: ignore[no-any-return]
     raise TypeError(type(output).__name__)
+
+
+@torch.no_grad()
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model in evaluation mode gives for images."""
+    return features(model.eval()(x))
+
+
+def moved(model: Any, seed: int = 1) -> Any:
+    """The trained tensors somewhere else, the same for the same seed; in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter.add_(0.05 * noise)
+    return model.eval()

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
 
 import peft_vision as pv
-from tests.families import CLASSES, FAMILIES, build, features, images
+from tests.families import CLASSES, FAMILIES, build, features, images, moved, run
 
 BYPASSED = ("timm_eva02_small", "timm_eva02_small_class", "timm_eva_dinov3_qkv_bias")
-
-
-@torch.no_grad()
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    return features(model.eval()(x))
-
-
-def moved(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

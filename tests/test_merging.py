@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import peft_vision as pv
 from peft_vision.errors import WrongBase
-from tests.families import build, features, images
-
-
-@torch.no_grad()
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    return features(model.eval()(x))
-
-
-def moved(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
+from tests.families import build, images, moved, run
 
 
 def test_a_plain_model_is_copied() -> None:

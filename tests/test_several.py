@@ -9,30 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peft_vision as pv
 from peft_vision.errors import BadSetting, UnknownName, UnsupportedSite, WrongBase
-from tests.families import build, features, images
+from tests.families import build, images, moved, run
 
 FAMILIES = ("timm_vit", "timm_eva02_small", "hf_vit", "hf_dinov3")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def moved(model: Any, seed: int) -> Any:
-    """The trained tensors somewhere else, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-                parameter.add_(0.05 * noise)
-    return model.eval()
-
-
-@torch.no_grad()
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    return features(model.eval()(x))
 
 
 def two_saved(dense: nn.Module, folder: Path, **second: Any) -> list[Any]:

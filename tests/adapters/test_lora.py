@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import peft_vision as pv
-from peft_vision.adapted import prove_gradient
 from peft_vision.backbones import view
 from peft_vision.errors import BadSetting, GradientMissing, UnsupportedSite
+from peft_vision.proof import prove_gradient
 from tests.families import FAMILIES
 
 Tiny = Callable[..., nn.Module]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import peft_vision as pv
-from tests.families import features, images, scramble
+from tests.families import images, moved, run, scramble
 
 INNER = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 NAME = "vit_tiny_patch16_224"
@@ -27,20 +27,6 @@ def both(name: str = NAME) -> tuple[nn.Module, nn.Module]:
     wrapper = TimmWrapperForImageClassification(config).eval()
     wrapper.timm_model.load_state_dict(plain.state_dict())
     return plain, wrapper
-
-
-@torch.no_grad()
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    return features(model.eval()(x))
-
-
-def moved(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 def test_the_wrapper_is_seen_like_the_model_inside() -> None:

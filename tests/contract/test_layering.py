@@ -30,7 +30,7 @@ HEIGHTS = (
     ("errors", "plan", "budget", "lookup", "files"),
     ("layers",),
     ("sources", "backbones"),
-    ("method", "cost"),
+    ("method", "cost", "proof"),
     (*METHOD_KINDS, "presets"),
     ("tasks", "data", "streams"),
     ("history", "card", "artifact", "hub", "tracing", "exporting", "report", "training"),

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import peft_vision as pv
-from peft_vision.adapted import prove_gradient
 from peft_vision.backbones import view
 from peft_vision.cost import measure, twin, unwrap
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.quantized import Quantized, dequantize, quantized_layers
 from peft_vision.method import Evidence, make
+from peft_vision.proof import prove_gradient
 from tests.families import build, features, images
 
 COMPOSED = (

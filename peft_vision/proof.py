@@ -1,0 +1,66 @@
+"""Proof that what is to be trained gets a gradient: never trust silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.backbones import view
+from peft_vision.cost import example_input_of, input_size, on_twin, unwrap
+from peft_vision.errors import GradientMissing
+
+USUAL_SIZE = 224
+
+
+def prove_gradient(model: nn.Module, image_size: tuple[int, int] | int | None = None) -> int:
+    """Prove that every trained tensor receives gradient, by a forward and backward pass on `meta`.
+
+    No memory is used and no number is read: what is shown is that each trainable tensor is part of
+    the computation. Some families read a linear's weight instead of calling it, and adapters on
+    them would be silent; trained parts beside them (a head) would still learn. An adapter that
+    cannot do without numbers is proven on a copy.
+
+    Args:
+        image_size: for models that do not say theirs; 224 is tried then.
+
+    Returns:
+        How many trainable tensors were proven.
+
+    Raises:
+        GradientMissing: some are not reached, by name; or the proof cannot be made.
+    """
+    plain = unwrap(model)
+    size = input_size(plain, image_size or (None if view(plain).input_size else USUAL_SIZE))
+    try:
+        wanted = on_twin(plain, lambda copy: _trained_once(copy, size))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise GradientMissing(
+            f"Whether the adapters train could not be shown: one image of {size} fails in "
+            f"{type(plain).__name__} ({error}). Pass image_size=(H, W)."
+        ) from error
+    silent = [name for name, p in wanted if p.grad is None]
+    if silent or not wanted:
+        raise GradientMissing(
+            f"{len(silent)} of {len(wanted)} trainable tensors would receive no gradient, first "
+            f"{', '.join(silent[:3]) or 'none'}. {type(plain).__name__} does not call "
+            "these layers in its forward pass; choose other targets."
+        )
+    return len(wanted)
+
+
+def _trained_once(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, nn.Parameter]]:
+    """The trainable parameters of `model`, after one backward pass."""
+    with torch.enable_grad():
+        torch.autograd.backward(_total(model.train()(example_input_of(model, size))))
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _total(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.sum()
+    tensors = output.values() if isinstance(output, Mapping) else output
+    parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    return torch.stack(parts).sum()
