@@ -200,7 +200,8 @@ def test_an_adapter_folder_loads_in_plain_peft(tiny_timm: Tiny, tmp_path: Path) 
                 parameter.add_(0.1 * torch.randn_like(parameter))
     adapted.save_pretrained(tmp_path / "a")
     plain = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "a"))
-    assert torch.equal(plain.eval()(x), adapted.eval()(x))
+    # PEFT's layer adds two products where ours makes one: the same to rounding, not bit by bit.
+    assert (plain.eval()(x) - adapted.eval()(x)).abs().max() < 1e-5
 
 
 def test_an_existing_output_needs_overwrite(saved: Path) -> None:
