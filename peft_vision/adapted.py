@@ -111,7 +111,7 @@ class AdaptedModel(peft.PeftModel):
         whole = copy.deepcopy(self)
         parts = {name: p.detach().clone() for name, p in whole.parts().items()}
         tensors, config = whole.adapter_tensors(), copy.deepcopy(whole.injected)
-        again = AdaptedModel(dequantize(whole.unload()), config, self.history)
+        again = AdaptedModel(dequantize(whole.unload()), config, self.history.in_full_precision())
         again.load_tensors(tensors, parts)
         again.train_parts()
         return again.train(self.training)

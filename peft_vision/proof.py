@@ -54,11 +54,12 @@ def prove_gradient(model: nn.Module, image_size: tuple[int, int] | int | None = 
 def _trained_once(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters of `model`, after one backward pass."""
     with torch.enable_grad():
-        torch.autograd.backward(_total(model.train()(example_input_of(model, size))))
+        torch.autograd.backward(total(model.train()(example_input_of(model, size))))
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _total(output: Any) -> Tensor:
+def total(output: Any) -> Tensor:
+    """A scalar that depends on all of a model's output, to go back from."""
     if isinstance(output, Tensor):
         return output.sum()
     tensors = output.values() if isinstance(output, Mapping) else output

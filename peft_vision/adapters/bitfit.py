@@ -5,12 +5,11 @@ No module is added. The biases keep their places, and a merged model is the plai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_vision.adapters._classifier import (
     TRAIN,
@@ -25,12 +24,12 @@ from peft_vision.layers.biases import Bias, biases_in
 from peft_vision.layers.ownership import plain_of
 from peft_vision.method import Adapter, Evidence
 from peft_vision.plan import Decisions
+from peft_vision.proof import USUAL_SIZE, total
 
 ROLES = {
     "attention": ("q", "k", "v", "qkv", "out"),
     "mlp": ("up", "gate", "down"),
 }
-USUAL_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,7 @@ def _unread(model: nn.Module) -> set[str]:
         getattr(bias.owner, bias.attribute).requires_grad_(True)
     try:
         with torch.enable_grad():
-            torch.autograd.backward(_total(meta.eval()(example_input_of(meta, size))))
+            torch.autograd.backward(total(meta.eval()(example_input_of(meta, size))))
     except (RuntimeError, ValueError, TypeError):
         return set()
     return {b.label for b in found if getattr(b.owner, b.attribute).grad is None}
-
-
-def _total(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output.sum()
-    tensors = output.values() if isinstance(output, Mapping) else output
-    parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-    return torch.stack(parts).sum()
