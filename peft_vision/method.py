@@ -53,10 +53,12 @@ class Evidence:
     """What a decision may look at besides the weights, and a memory for what is slow to compute.
 
     Attributes:
-        batches: (images B 3 H W, labels B) pairs for methods that need data.
+        batches: (images B 3 H W, labels B) pairs for methods that need data; iterable repeatedly.
+        learned: what a method that was trained for this decision has learned (`Method.settle`).
     """
 
     batches: Iterable[Any] | None = None
+    learned: Any = None
     memory: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -110,6 +112,32 @@ class Method(ABC):
             f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
             for f in dataclasses.fields(self)
         }
+
+
+class Trained(Method):
+    """A method that is trained before it decides: masks, gates, rates.
+
+    `compress` attaches it to a copy of the model, trains the copy, settles it, and then searches as
+    for any other method; `decide` finds what was learned in ``evidence.learned``.
+    """
+
+    needs: ClassVar[Need] = Need.TRAINING
+
+    @abstractmethod
+    def attach(self, backbone: Backbone, target: float) -> None:
+        """Put in what training is to fill in; layers that add to the loss are `Penalised`.
+
+        Args:
+            target: share of the base's multiply-accumulates that is to be left, in (0, 1].
+        """
+
+    @abstractmethod
+    def settle(self, backbone: Backbone) -> Any:
+        """Fold what training filled in into plain weights, in place, and take the layers out.
+
+        Returns:
+            What was learned; None where nothing was attached.
+        """
 
 
 class Adapter(Method):

@@ -16,7 +16,8 @@ from peft_vision.backbones.sites import (
     ReadoutSite,
     Role,
 )
-from peft_vision.layers.attention import AttentionParts, OpenAttention
+from peft_vision.layers.absent import Absent
+from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts, attention_of, mlp_of
 from peft_vision.layers.bottleneck import place_inside
 from peft_vision.layers.mlp import MlpParts
@@ -54,37 +55,51 @@ def assemble(container: nn.Module, parts: BlockParts, *, opens: bool = False) ->
             f"blocks.{i}.heads", block, parts.attention, parts.attention_parts, i, opens=opens
         )
         for i, (_, _, block) in enumerate(found)
+        if not isinstance(getattr(block, parts.attention), Absent)
     ]
     hidden = [
         HiddenSite(f"blocks.{i}.hidden", block, parts.mlp, parts.mlp_parts, i)
         for i, (_, _, block) in enumerate(found)
+        if not isinstance(getattr(block, parts.mlp), Absent)
     ]
     return Assembly(tuple(blocks), tuple(linears), tuple(heads), tuple(hidden))
 
 
 def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerSite]:
-    attention: nn.Module = getattr(block, parts.attention)
-    if isinstance(attention, OpenAttention):
-        attention = attention.attention
-    mlp = mlp_of(block, parts)
-    roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
-    named: list[tuple[nn.Module, str, Role]] = []
-    for name, role in zip(parts.attention_parts.qkv, roles, strict=True):
-        layer = getattr(attention, name)
-        if isinstance(layer, SplitLinear):
-            named += [(layer, "q", "q"), (layer, "k", "k"), (layer, "v", "v")]
-        else:
-            named.append((attention, name, role))
-    gate = parts.attention_parts.gate
-    if gate is not None and getattr(attention, gate) is not None:
-        named.append((attention, gate, "other"))
-    named.append((attention, parts.attention_parts.out, "out"))
-    ups: Sequence[Role] = ("gate", "up") if len(parts.mlp_parts.up) == 2 else ("up",)
-    named += [(mlp, name, role) for name, role in zip(parts.mlp_parts.up, ups, strict=True)]
-    named.append((mlp, parts.mlp_parts.down, "down"))
+    named = [
+        *_in_attention(attention_of(block, parts), parts),
+        *_in_mlp(mlp_of(block, parts), parts),
+    ]
     for owner, name, role in named:
         label = "head_gate" if role == "other" else role
         yield LayerSite(f"blocks.{index}.{label}", *place_inside(owner, name), role, index)
+
+
+Named = tuple[nn.Module, str, Role]
+
+
+def _in_attention(attention: nn.Module, parts: BlockParts) -> Iterator[Named]:
+    if isinstance(attention, Absent):
+        return
+    roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
+    for name, role in zip(parts.attention_parts.qkv, roles, strict=True):
+        layer = getattr(attention, name)
+        if isinstance(layer, SplitLinear):
+            yield from ((layer, "q", "q"), (layer, "k", "k"), (layer, "v", "v"))
+        else:
+            yield attention, name, role
+    gate = parts.attention_parts.gate
+    if gate is not None and getattr(attention, gate) is not None:
+        yield attention, gate, "other"
+    yield attention, parts.attention_parts.out, "out"
+
+
+def _in_mlp(mlp: nn.Module, parts: BlockParts) -> Iterator[Named]:
+    if isinstance(mlp, Absent):
+        return
+    ups: Sequence[Role] = ("gate", "up") if len(parts.mlp_parts.up) == 2 else ("up",)
+    yield from ((mlp, name, role) for name, role in zip(parts.mlp_parts.up, ups, strict=True))
+    yield mlp, parts.mlp_parts.down, "down"
 
 
 def find_blocks(model: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
@@ -131,6 +146,8 @@ def _mlp_names(parts: MlpParts) -> tuple[str, ...]:
 
 
 def _absent(owner: nn.Module, names: Iterable[str]) -> str:
+    if isinstance(owner, Absent):
+        return ""
     missing = [name for name in names if getattr(owner, name, ABSENT) is ABSENT]
     return f"{type(owner).__name__} has no {', '.join(missing)}" if missing else ""
 

@@ -88,7 +88,7 @@ class PositionsSite:
     def reduces(self) -> bool:
         """Whether tokens leave on the way through the blocks."""
         trunk = self._trunk()
-        return trunk is not None and len(trunk.reducers) > 0
+        return trunk is not None and not trunk.plain
 
     @property
     def kept(self) -> str:

@@ -18,9 +18,14 @@ from peft_vision.backbones.positions import PositionsSite
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers import attention as attention_layer
 from peft_vision.layers import mlp as mlp_layer
-from peft_vision.layers.attention import AttentionParts, OpenAttention
+from peft_vision.layers.attention import (
+    AttentionParts,
+    OpenAttention,
+    OwnAttention,
+    attention_inside,
+)
 from peft_vision.layers.block import BlockParts
-from peft_vision.layers.bottleneck import inside
+from peft_vision.layers.bottleneck import around, inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.surgery import weight_of
 from peft_vision.layers.trunk import Trunk, trunk_in
@@ -70,8 +75,7 @@ class HeadsSite:
     @property
     def attention(self) -> nn.Module:
         """The family's attention module."""
-        module: nn.Module = getattr(self.owner, self.attribute)
-        return module.attention if isinstance(module, OpenAttention) else module
+        return attention_inside(getattr(self.owner, self.attribute))
 
     @property
     def count(self) -> int:
@@ -97,9 +101,13 @@ class HeadsSite:
         """
         if not heads:
             raise UnsupportedSite(f"{self.key}: at least one head has to stay.")
-        attention_layer.keep_heads(self.attention, self.parts, heads)
-        if self.opens and not isinstance(getattr(self.owner, self.attribute), OpenAttention):
-            setattr(self.owner, self.attribute, OpenAttention(self.attention, self.parts))
+        module = getattr(self.owner, self.attribute)
+        if isinstance(module, OwnAttention):
+            module.keep_heads(heads)
+            return
+        attention_layer.keep_heads(module, self.parts, heads)
+        if self.opens:
+            setattr(self.owner, self.attribute, OpenAttention(module, self.parts))
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,11 @@ class HiddenSite:
         """
         if not units:
             raise UnsupportedSite(f"{self.key}: at least one hidden unit has to stay.")
-        mlp_layer.keep_units(self.mlp, self.parts, units)
+        module = around(getattr(self.owner, self.attribute))
+        if isinstance(module, mlp_layer.OwnMlp):
+            module.keep_units(units)
+        else:
+            mlp_layer.keep_units(self.mlp, self.parts, units)
 
 
 @dataclass(frozen=True)

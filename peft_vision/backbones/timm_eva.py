@@ -227,7 +227,7 @@ def _one_block(block: nn.Module, x: Tensor, rope: Tensor, opened: bool) -> Tenso
         done: Tensor = block(x, rope=rope)
         return done
     parts = _parts(block)
-    return mlp_half(block, parts, attention_half(block, parts, x, rope)[0])
+    return mlp_half(block, parts, attention_half(block, parts, x, rope).x)[0]
 
 
 def _positions(model: Any) -> PositionsSite:

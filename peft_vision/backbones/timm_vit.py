@@ -19,7 +19,8 @@ from peft_vision.backbones.assembly import (
     readouts_in,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, ReadoutSite, TokensSite
-from peft_vision.layers.attention import AttentionParts, OpenAttention
+from peft_vision.layers.absent import Absent
+from peft_vision.layers.attention import AttentionParts, attention_inside
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
@@ -55,10 +56,10 @@ def why_not(model: Any) -> str:
     for block in blocks:
         if type(block) not in (Block, ResPostBlock):
             return f"its blocks are of class {type(block).__name__}"
-        attention = block.attn.attention if isinstance(block.attn, OpenAttention) else block.attn
-        if type(attention) is not Attention:
+        attention = attention_inside(block.attn)
+        if type(attention) not in (Attention, Absent):
             return f"its attention is of class {type(attention).__name__}"
-        if mlp_parts(block.mlp) is None:
+        if mlp_parts(block.mlp) is None and not isinstance(block.mlp, Absent):
             return f"its MLPs are of class {type(block.mlp).__name__}"
     return lacking(model.blocks, _parts(blocks[0])) if blocks else "it has no blocks"
 

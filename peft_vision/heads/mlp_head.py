@@ -120,7 +120,7 @@ class MlpHead(Adapter):
                 "tokens work: timm's VisionTransformer and Eva."
             )
         trunk = backbone.tokens.trunk_if_any() if backbone.tokens else None
-        if trunk is not None and len(trunk.reducers):
+        if trunk is not None and not (trunk.plain or trunk.restore):
             raise UnsupportedSite(
                 f"{type(backbone.model).__name__} drops tokens on the way, and {self.readout} need "
                 "every patch."

@@ -6,9 +6,10 @@ those names. Tensors: ``x`` is B N C, heads are B H N D.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,33 +66,87 @@ def head_count(attention: nn.Module, parts: AttentionParts) -> int:
     return int(getattr(attention, parts.out).in_features) // head_dim(attention, parts)
 
 
+class Attended(NamedTuple):
+    """One attention branch at work: its output B R C, queries B H R D, keys and values B H N D.
+
+    R is N, or the number of first tokens that alone were asked for.
+    """
+
+    branch: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 def project(
-    attention: nn.Module, parts: AttentionParts, x: Tensor, rope: Any = None
+    attention: nn.Module,
+    parts: AttentionParts,
+    x: Tensor,
+    rope: Any = None,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, normed and rotated: three of B H N D."""
+    """Queries, keys and values, normed and rotated: three of B H N D.
+
+    Args:
+        rows: queries of this many first tokens only, none of which may have a rotary position.
+    """
     width = head_dim(attention, parts)
-    projected = [getattr(attention, name)(x) for name in parts.qkv]
-    if parts.biases is not None:
-        bias = [getattr(attention, name) for name in parts.biases]
-        if bias[0] is not None:
-            projected = [projected[0] + torch.cat(bias)]
-    thirds = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
-    q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in thirds)
+    thirds = _thirds(attention, parts, x, rows)
+    q, k, v = (_heads_of(t, width) for t in thirds)
     if parts.q_norm is not None:
         q = getattr(attention, parts.q_norm)(q)
     if parts.k_norm is not None:
         k = getattr(attention, parts.k_norm)(k)
     if parts.rotate is not None and rope is not None:
-        q, k = parts.rotate(attention, q, rope), parts.rotate(attention, k, rope)
+        q = parts.rotate(attention, q, rope) if rows is None else q
+        k = parts.rotate(attention, k, rope)
         q, k = q.type_as(v), k.type_as(v)
     return q, k, v
 
 
+def _heads_of(flat: Tensor, width: int) -> Tensor:
+    heads: Tensor = flat.unflatten(-1, (-1, width)).transpose(1, 2)  # type: ignore[no-untyped-call]
+    return heads
+
+
+def _thirds(
+    attention: nn.Module, parts: AttentionParts, x: Tensor, rows: int | None
+) -> Sequence[Tensor]:
+    first = x if rows is None else x[:, :rows]
+    layers = [getattr(attention, name) for name in parts.qkv]
+    if len(layers) == 3:
+        return [layer(t) for layer, t in zip(layers, (first, x, x), strict=True)]
+    fused = layers[0]
+    bias = None if parts.biases is None else [getattr(attention, name) for name in parts.biases]
+    together = None if bias is None or bias[0] is None else torch.cat(bias)
+    if rows is None or type(fused) is not nn.Linear:
+        projected = fused(x) if together is None else fused(x) + together
+        q, k, v = projected.chunk(3, dim=-1)
+        return (q if rows is None else q[:, :rows]), k, v
+    together = fused.bias if together is None else together
+    width = fused.out_features // 3
+    both = F.linear(x, fused.weight[width:], None if together is None else together[width:])
+    q = F.linear(first, fused.weight[:width], None if together is None else together[:width])
+    return q, *both.chunk(2, dim=-1)
+
+
 def attend(
-    attention: nn.Module, parts: AttentionParts, q: Tensor, k: Tensor, v: Tensor, **masks: Any
+    attention: nn.Module,
+    parts: AttentionParts,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None = None,
+    **masks: Any,
 ) -> Tensor:
-    """Attention by the fused kernel, which takes `masks` (attn_mask, is_causal): B H N D."""
+    """Attention by the fused kernel, which takes `masks` (attn_mask, is_causal): B H N D.
+
+    Args:
+        key_bias: B N, added to the logits of each key: the log of how many patches it stands for.
+    """
     probability = _dropout(attention, parts) if attention.training else 0.0
+    if key_bias is not None:
+        masks["attn_mask"] = key_bias[:, None, None, :].to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **masks)
 
 
@@ -142,11 +197,36 @@ def _dropout(attention: nn.Module, parts: AttentionParts) -> float:
     return float(value.p if isinstance(value, nn.Dropout) else value)
 
 
-class OpenAttention(nn.Module):
-    """Somebody's attention module, computed from its parts.
+def branch_of(
+    module: nn.Module,
+    parts: AttentionParts,
+    x: Tensor,
+    rope: Any = None,
+    *,
+    rows: int | None = None,
+    key_bias: Tensor | None = None,
+    **masks: Any,
+) -> Attended:
+    """The branch of a family's attention module, or of one of ours that stands in its place.
 
-    For families whose own forward assumes that heads x head_dim equals the width of the stream, and
-    therefore breaks when heads are removed. Input and output B N C.
+    Args:
+        x: the normed stream, B N C.
+        rows: the output of this many first tokens only (see `project`).
+        key_bias: see `attend`.
+    """
+    if isinstance(module, OwnAttention):
+        return module.branch(x, rope, rows=rows, key_bias=key_bias, **masks)
+    q, k, v = project(module, parts, x, rope, rows)
+    heads = attend(module, parts, q, k, v, key_bias, **masks)
+    asked = x if rows is None else x[:, :rows]
+    return Attended(finish(module, parts, heads, asked), q, k, v)
+
+
+class OwnAttention(nn.Module, ABC):
+    """A module of ours in the place of a family's attention module, which it keeps inside.
+
+    Attributes:
+        attention: the family's module, whose linears are the ones in use. `parts`: its names.
     """
 
     def __init__(self, attention: nn.Module, parts: AttentionParts) -> None:
@@ -154,8 +234,47 @@ class OpenAttention(nn.Module):
         self.attention = attention
         self.parts = parts
 
+    @abstractmethod
+    def branch(
+        self,
+        x: Tensor,
+        rope: Any = None,
+        *,
+        rows: int | None = None,
+        key_bias: Tensor | None = None,
+        **masks: Any,
+    ) -> Attended:
+        """See `branch_of`."""
+
     def forward(self, x: Tensor, rope: Any = None, **masks: Any) -> Tensor:
         """The branch's output, B N C."""
-        q, k, v = project(self.attention, self.parts, x, rope)
-        heads = attend(self.attention, self.parts, q, k, v, **masks)
-        return finish(self.attention, self.parts, heads, x)
+        return self.branch(x, rope, **masks).branch
+
+    def keep_heads(self, heads: Sequence[int]) -> None:
+        """Keep whole heads, in place; what this module holds of its own for a head follows."""
+        keep_heads(self.attention, self.parts, heads)
+
+
+def attention_inside(module: nn.Module) -> nn.Module:
+    """The family's attention module, where one of ours stands in its place; else itself."""
+    return module.attention if isinstance(module, OwnAttention) else module
+
+
+class OpenAttention(OwnAttention):
+    """Somebody's attention module, computed from its parts.
+
+    For families whose own forward assumes that heads x head_dim equals the width of the stream, and
+    therefore breaks when heads are removed. Input and output B N C.
+    """
+
+    def branch(
+        self,
+        x: Tensor,
+        rope: Any = None,
+        *,
+        rows: int | None = None,
+        key_bias: Tensor | None = None,
+        **masks: Any,
+    ) -> Attended:
+        """See `branch_of`."""
+        return branch_of(self.attention, self.parts, x, rope, rows=rows, key_bias=key_bias, **masks)

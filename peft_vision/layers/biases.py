@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peft_vision.layers.attention import OpenAttention
+from peft_vision.layers.attention import attention_inside
 from peft_vision.layers.bottleneck import Bottleneck, inside
 from peft_vision.layers.ownership import is_copied, plain_of
 from peft_vision.layers.positions import without_rows
@@ -60,7 +60,7 @@ def _opened(module: nn.Module) -> nn.Module:
     """The module inside wrappers of ours and of PEFT."""
     while True:
         inner = inside(without_rows(plain_of(module)))
-        inner = inner.attention if isinstance(inner, OpenAttention) else inner
+        inner = attention_inside(inner)
         if inner is module:
             return module
         module = inner

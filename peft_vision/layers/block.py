@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
-from peft_vision.layers.attention import AttentionParts, OpenAttention, attend, finish, project
+from peft_vision.layers.absent import Absent
+from peft_vision.layers.attention import Attended, AttentionParts, attention_inside, branch_of
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 
@@ -41,8 +42,7 @@ class BlockParts:
 
 def attention_of(block: nn.Module, parts: BlockParts) -> nn.Module:
     """The family's own attention module, also where it has been opened."""
-    attention: nn.Module = getattr(block, parts.attention)
-    return attention.attention if isinstance(attention, OpenAttention) else attention
+    return attention_inside(getattr(block, parts.attention))
 
 
 def mlp_of(block: nn.Module, parts: BlockParts) -> nn.Module:
@@ -50,22 +50,49 @@ def mlp_of(block: nn.Module, parts: BlockParts) -> nn.Module:
     return inside(getattr(block, parts.mlp))
 
 
+class Halfway(NamedTuple):
+    """A block after its attention: the stream B R C, what was added to it, and how it came about.
+
+    `added` and `attended` are None where the branch was removed.
+    """
+
+    x: Tensor
+    added: Tensor | None
+    attended: Attended | None
+
+
 def attention_half(
-    block: nn.Module, parts: BlockParts, x: Tensor, rope: Any = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention branch: the stream after it (B N C), and its queries and keys (B H N D)."""
-    attention = attention_of(block, parts)
+    block: nn.Module,
+    parts: BlockParts,
+    x: Tensor,
+    rope: Any = None,
+    *,
+    rows: int | None = None,
+    key_bias: Tensor | None = None,
+) -> Halfway:
+    """The attention branch added to the stream.
+
+    Args:
+        rows: go on with this many first tokens only; all tokens are still attended to.
+        key_bias: see `attend`.
+    """
+    module = getattr(block, parts.attention)
+    stays = x if rows is None else x[:, :rows]
+    if isinstance(module, Absent):
+        return Halfway(module(stays), None, None)
     normed = getattr(block, parts.norm1)(x)
-    q, k, v = project(attention, parts.attention_parts, normed, rope)
-    heads = attend(attention, parts.attention_parts, q, k, v)
-    branch = finish(attention, parts.attention_parts, heads, normed)
-    return x + _through(block, parts.after1, branch), q, k
+    attended = branch_of(module, parts.attention_parts, normed, rope, rows=rows, key_bias=key_bias)
+    added = _through(block, parts.after1, attended.branch)
+    return Halfway(stays + added, added, attended)
 
 
-def mlp_half(block: nn.Module, parts: BlockParts, x: Tensor) -> Tensor:
-    """The MLP branch added to the stream: B N C."""
-    branch = getattr(block, parts.mlp)(getattr(block, parts.norm2)(x))
-    return x + _through(block, parts.after2, branch)
+def mlp_half(block: nn.Module, parts: BlockParts, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The stream with the MLP branch added, and what was added (None where it was removed)."""
+    module = getattr(block, parts.mlp)
+    if isinstance(module, Absent):
+        return module(x), None
+    added = _through(block, parts.after2, module(getattr(block, parts.norm2)(x)))
+    return x + added, added
 
 
 def refuse_mask(parts: BlockParts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

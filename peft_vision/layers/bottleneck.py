@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.layers.mlp import OwnMlp
 from peft_vision.layers.ownership import matched
 from peft_vision.layers.readout import activation_of
 from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
@@ -83,16 +84,23 @@ class Beside(nn.Module):
 
 
 def inside(module: nn.Module) -> nn.Module:
-    """The module that bottlenecks stand at; any other module itself."""
+    """The module that bottlenecks, or an MLP of ours, stand at; any other module itself."""
+    while isinstance(module, Behind | Beside | OwnMlp):
+        module = module.inner
+    return module
+
+
+def around(module: nn.Module) -> nn.Module:
+    """The module without bottlenecks: a family's MLP, or one of ours in its place."""
     while isinstance(module, Behind | Beside):
         module = module.inner
     return module
 
 
 def place_inside(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """(owner, attribute) of the module that bottlenecks stand at, reached from (owner, name)."""
+    """(owner, attribute) of the module that `inside` gives, reached from (owner, name)."""
     found = getattr(owner, name)
-    while isinstance(found, Behind | Beside):
+    while isinstance(found, Behind | Beside | OwnMlp):
         owner, name, found = found, "inner", found.inner
     return owner, name
 

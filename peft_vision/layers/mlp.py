@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vision.layers.surgery import keep_features, keep_inputs, keep_outputs
 
@@ -41,3 +43,20 @@ def keep_units(mlp: nn.Module, parts: MlpParts, units: Sequence[int]) -> None:
     if parts.norm is not None:
         keep_features(getattr(mlp, parts.norm), units)
     keep_inputs(getattr(mlp, parts.down), units)
+
+
+class OwnMlp(nn.Module, ABC):
+    """A module of ours in the place of a family's MLP, which it keeps as `inner`."""
+
+    def __init__(self, inner: nn.Module, parts: MlpParts) -> None:
+        super().__init__()
+        self.inner = inner
+        self.parts = parts
+
+    @abstractmethod
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The branch's output, B N C."""
+
+    def keep_units(self, units: Sequence[int]) -> None:
+        """Keep some hidden units, in place; what this module has of its own for them follows."""
+        keep_units(self.inner, self.parts, units)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from peft_vision.backbones.sites import Backbone, TokensSite
 from peft_vision.errors import BadSetting, UnsupportedSite
-from peft_vision.layers.trunk import Reducer
+from peft_vision.layers.attention import Attended
+from peft_vision.layers.trunk import Reducer, Reduction
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions
 
@@ -110,20 +111,24 @@ class ClassAttentionReducer(Reducer):
         """Settings, for printing."""
         return f"keep_rate={self.keep_rate:g}, fuse={self.fuse}"
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, attended: Attended, prefix: int, sizes: Tensor | None
+    ) -> Reduction | None:
         """See `Reducer.forward`; the patches that stay keep their order."""
         patches = x.shape[1] - prefix
         count = min(patches, max(1, math.ceil(self.keep_rate * patches - 1e-9)))
         if count + self.fused >= patches:  # nothing would be saved
-            return x, torch.arange(patches, device=x.device).expand(x.shape[0], -1)
-        scores = class_attention(q, k)[:, prefix:]
+            return None
+        scores = class_attention(attended.q, attended.k)[:, prefix:]
         kept = scores.topk(count, dim=1, sorted=False).indices.sort(dim=1).values
+        order = torch.arange(count, device=x.device).expand_as(kept)
+        carriers = torch.full_like(scores, -1, dtype=torch.long).scatter(1, kept, order)
         parts = [x[:, :prefix], _take(x[:, prefix:], kept)]
         if self.fuse:
             left = scores.scatter(1, kept, 0.0)
             parts.append(left.unsqueeze(1).to(x.dtype) @ x[:, prefix:])
             kept = torch.cat([kept, left.argmax(dim=1, keepdim=True)], dim=1)
-        return torch.cat(parts, dim=1), kept
+        return Reduction(torch.cat(parts, dim=1), kept, carriers)
 
 
 def class_attention(q: Tensor, k: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def test_where_tokens_leave_prompts_stay(family: str, first: bool) -> None:
     assert max(int(p.max()) for p in places.values()) < PATCHES
     site, seen = tokens_of(view(model)), []
     for reducer in site.trunk().reducers.values():
-        reducer.register_forward_pre_hook(lambda _, args: seen.append((args[0].shape[1], args[3])))
+        reducer.register_forward_pre_hook(lambda _, args: seen.append((args[0].shape[1], args[2])))
     adapted(x)
     before = site.prefix + COUNT
     left = [PATCHES, *(int(places[i].shape[1]) for i in sorted(places))]

@@ -13,6 +13,7 @@ import peft_vision as pv
 from peft_vision.backbones import view
 from peft_vision.cost import measure, twin
 from peft_vision.errors import BadSetting
+from peft_vision.layers.attention import Attended
 from peft_vision.layers.trunk import GONE, kept_positions
 from peft_vision.method import Evidence, make
 from peft_vision.pruners.token_reorganization import ClassAttentionReducer, class_attention
@@ -40,11 +41,15 @@ def reorganized(x: Tensor, scores: Tensor, keep: float, prefix: int) -> list[Ten
     return out
 
 
+def attended(x: Tensor, q: Tensor, k: Tensor) -> Attended:
+    return Attended(x, q, k, k)
+
+
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 def test_keep_and_fuse_follow_the_paper(prefix: int) -> None:
     x = torch.randn(3, 20 + prefix, 8, dtype=torch.float64)
     q, k = torch.randn(2, 3, 2, 20 + prefix, 4, dtype=torch.float64).unbind(0)
-    got, places = ClassAttentionReducer(0.6, fuse=True)(x, q, k, prefix)
+    got, places, *_ = ClassAttentionReducer(0.6, fuse=True)(x, attended(x, q, k), prefix, None)
     expected = torch.stack(reorganized(x, class_attention(q, k), 0.6, prefix))
     assert (got - expected).abs().max() < 1e-12
     assert all(row.tolist() == sorted(row.tolist()) for row in places[:, :-1])
@@ -56,8 +61,8 @@ def test_the_order_of_patches_does_not_matter() -> None:
     q, k = torch.randn(2, 1, 2, 17, 4, dtype=torch.float64).unbind(0)
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(16)])
     reducer = ClassAttentionReducer(0.5, fuse=True)
-    one = reducer(x, q, k, 1)[0]
-    two = reducer(x[:, order], q[:, :, order], k[:, :, order], 1)[0]
+    one = reducer(x, attended(x, q, k), 1, None).x
+    two = reducer(x[:, order], attended(x, q[:, :, order], k[:, :, order]), 1, None).x
     key = torch.randn(8, dtype=torch.float64)
     assert (one[:, -1] - two[:, -1]).abs().max() < 1e-12
     assert (
