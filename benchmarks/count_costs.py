@@ -27,7 +27,14 @@ RUNS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "mlp_head": ("layers", (2, 3)),
     "vpt": ("tokens", (5, 10, 50)),
     "magnitude": ("ratio", (0.1, 0.3, 0.5, 0.7)),
+    "mixture_of_heads": ("skip", (0.25, 0.5, 0.75)),
+    "path_pruning": ("share", (0.1, 0.25, 0.5)),
+    "pooled_last_block": ("", (None,)),
+    "sparse_attention": ("keep", (0.75, 0.5, 0.25)),
+    "token_merging": ("ratio", (0.02, 0.05, 0.08, 0.11)),
     "token_reorganization": ("keep_rate", (0.9, 0.7, 0.5, 0.3)),
+    "union_of_experts": ("skip", (0.25, 0.5, 0.75)),
+    "vib": ("train", ("masks", "full")),
 }
 COLUMNS = ["", "GMACs", "of the model's FLOPs", "parameters", "of these trained"]
 
@@ -38,8 +45,11 @@ def table(method: str) -> dict[str, Any]:
     before = pv.measure(pv.create_model(NAME, pretrained=False))
     rows = [row("untouched", before, before.flops)]
     for value in values:
-        model = pv.wrap(pv.create_model(NAME, pretrained=False), method=method, **{setting: value})
-        rows.append(row(f"`{setting}={value}`", pv.measure(model), before.flops))
+        given = {setting: value} if setting else {}
+        model = pv.wrap(pv.create_model(NAME, pretrained=False), method=method, **given)
+        rows.append(
+            row(f"`{setting}={value}`" if setting else "with it", pv.measure(model), before.flops)
+        )
     return {"method": method, "columns": COLUMNS, "rows": rows, "note": NOTE}
 
 

@@ -89,7 +89,8 @@ def needs_of(node: ast.ClassDef) -> str:
         target = item.target if isinstance(item, ast.AnnAssign) else None
         if isinstance(target, ast.Name) and target.id == "needs" and item.value is not None:
             return NEEDS.get(ast.unparse(item.value).rsplit(".", 1)[-1], "nothing")
-    return "nothing"
+    trained = any(ast.unparse(base) == "Trained" for base in node.bases)
+    return NEEDS["TRAINING"] if trained else "nothing"
 
 
 def settings_of(node: ast.ClassDef, docstring: str) -> Iterator[Setting]:
@@ -188,7 +189,22 @@ def methods_index() -> str:
     ]
     head = ["method", "mechanism", "what it is", "needs", "used by presets"]
     page = f"# Methods\n\n{GENERATED}\n\n{table(head, rows)}\n"
-    return f"{page}\n## Adapters compared\n\n{adapter_accuracy()}\n"
+    return (
+        f"{page}\n## Adapters compared\n\n{adapter_accuracy()}\n"
+        f"\n## Pruners compared\n\n{pruners()}\n"
+    )
+
+
+def pruners() -> str:
+    """Accuracy of pruners at equal cost, and their speed, where they were measured."""
+    parts = []
+    for name in ("pruner_accuracy", "pruner_speed"):
+        file = ROOT / "benchmarks" / f"{name}.json"
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            parts.append(table(content["columns"], content["rows"]))
+            parts.append(f"{content['note']}. `benchmarks/{file.name}`, {taken(content)}")
+    return "\n\n".join(parts)
 
 
 def adapter_accuracy() -> str:

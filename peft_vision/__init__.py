@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_vision.exporting import export as export
     from peft_vision.finetuning import finetune as finetune
     from peft_vision.loading import load as load
+    from peft_vision.mask_training import settle as settle
     from peft_vision.merging import merge as merge
     from peft_vision.method import names as methods  # noqa: F401
     from peft_vision.recovery import recover as recover
@@ -35,6 +36,7 @@ _PUBLIC = {
     "merge": ("peft_vision.merging", "merge"),
     "methods": ("peft_vision.method", "names"),
     "recover": ("peft_vision.recovery", "recover"),
+    "settle": ("peft_vision.mask_training", "settle"),
     "view": ("peft_vision.backbones", "view"),
     "wrap": ("peft_vision.wrapping", "wrap"),
 }

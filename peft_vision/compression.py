@@ -5,113 +5,36 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from peft_vision.applying import apply_all
 from peft_vision.backbones import view
 from peft_vision.budget import Budget, Quantity, parse_one
+from peft_vision.calibration import images_of
+from peft_vision.choosing import Chosen, choose
+from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.compressed import CompressedModel
-from peft_vision.cost import (
-    Cost,
-    measure,
-    unwrap,
-)
-from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedSite
+from peft_vision.cost import Cost, input_size, measure, unwrap
+from peft_vision.data import preprocessing
+from peft_vision.data.image_set import batches_of
+from peft_vision.data.source import open_for_calibration
+from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedBackbone
 from peft_vision.history import History, fingerprint
-from peft_vision.loading import load
+from peft_vision.mask_training import prepare
 from peft_vision.merging import merge
-from peft_vision.method import Adapter, Evidence, Method, make, name_of
-from peft_vision.plan import Decisions, Plan, Step
-from peft_vision.presets import expand
-from peft_vision.pricing import Pricing, apply_all
+from peft_vision.method import Evidence, Method, Trained, name_of
+from peft_vision.mixing import Mix, best_mix, divergence
+from peft_vision.plan import Decisions, Step
+from peft_vision.pricing import Pricing
+from peft_vision.result import Result, kinds_of
 from peft_vision.search import Found, in_band, search
+from peft_vision.tasks.classification import logits_of
 from peft_vision.wrapping import is_adapted
-
-DEFAULT = "balanced"
-
-
-@dataclass
-class Result:
-    """What `compress` returns.
-
-    Attributes:
-        model: the compressed model; the model that went in is untouched.
-        before: cost of the model that went in. `cost`: of the result, counted after it was built.
-        budget: what was asked. `limit`: the absolute figure. `got`: what the result costs in it.
-        plan: what was decided.
-        seconds: how long the search took. `tried`: how many candidates were priced.
-        notes: what a user should know (methods left out, for instance).
-        kinds: heads and hidden units of the model that went in.
-    """
-
-    model: CompressedModel
-    before: Cost
-    cost: Cost
-    budget: Budget
-    limit: float
-    got: float
-    plan: Plan
-    seconds: float
-    tried: int
-    notes: list[str] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def ratio(self) -> float:
-        """What the result costs as a share of the model that went in (FLOPs or parameters)."""
-        if self.budget.quantity == "params":
-            return self.cost.params / self.before.params
-        return self.cost.flops / self.before.flops
-
-    def __str__(self) -> str:
-        rows = "\n".join(f"{name:>12}  {was:>14} -> {now:>14}" for name, was, now in self.table())
-        share = self.got / self.limit
-        return f"{rows}\nasked {self.budget.asked}, got {share:.4f} of the limit"
-
-    def table(self) -> list[tuple[str, str, str]]:
-        """Rows of (quantity, before, after)."""
-        after, left = self.cost, _kinds(unwrap(self.model))
-        return [
-            ("GMACs", f"{self.before.gmacs:.4f}", f"{after.gmacs:.4f}"),
-            ("parameters", f"{self.before.params:,}", f"{after.params:,}"),
-            ("bytes", f"{self.before.bytes:,}", f"{after.bytes:,}"),
-            *[(kind, str(count), str(left[kind])) for kind, count in self.kinds.items()],
-        ]
-
-    def summary(self) -> dict[str, Any]:
-        """Asked and got, as plain JSON."""
-        return {
-            "quantity": self.budget.quantity,
-            "asked": self.budget.asked,
-            "limit": self.limit,
-            "got": self.got,
-            "share_of_limit": self.got / self.limit,
-            "before": self.before.to_json(),
-            "after": self.cost.to_json(),
-            "seconds": self.seconds,
-            "tried": self.tried,
-            "notes": self.notes,
-        }
-
-    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Save the model, and prove the budget on what was saved.
-
-        Raises:
-            OutputExists, CannotWrite: see `CompressedModel.save_pretrained`.
-            BudgetUnreachable: the reloaded model does not cost what was counted.
-        """
-        self.model.save_pretrained(folder, overwrite=overwrite)
-        if self.budget.quantity == "latency_ms" or self.model.history.source is None:
-            return
-        again = measure(load(folder))
-        if (again.flops, again.params) != (self.cost.flops, self.cost.params):
-            raise BudgetUnreachable(
-                f"{folder} reloads as {again}, but {self.cost} was counted before saving."
-            )
 
 
 def compress(
@@ -122,6 +45,8 @@ def compress(
     target_latency_ms: str | float | None = None,
     methods: str | Method | Sequence[str | Method] | None = None,
     data: Any = None,
+    compensate: str = "ridge",
+    trials: int = 6,
     image_size: tuple[int, int] | int | None = None,
     batch_size: int = 1,
 ) -> Result:
@@ -132,8 +57,14 @@ def compress(
         target_flops: at most this: a ratio in (0, 1], or FLOPs such as ``1.8G`` or ``0.9GMACs``.
         target_params: a ratio or a count such as ``9M``.
         target_latency_ms: milliseconds per batch of `batch_size`, on the device the model is on.
-        methods: names, presets or Method objects; by default the preset "balanced".
-        data: (images, labels) batches for methods that decide by data.
+        methods: names, presets or Method objects; by default the preset "balanced". Methods that
+            cost no accuracy (preset "exact") are applied first in any case.
+        data: what methods decide by, and what the layers that are left are fitted again on: a
+            folder of images (512 are drawn; labels are not needed), or batches of images B 3 H W or
+            of (images, labels).
+        compensate: with data, how what stays takes over what went: "ridge", "mean" or "none".
+        trials: with data and several methods, how many divisions of the budget among them are
+            tried; 1 gives each the same strength.
         image_size: for models that do not say theirs.
 
     Returns:
@@ -143,32 +74,80 @@ def compress(
         BadBudget: the budget cannot be read, or not exactly one was given.
         BudgetUnreachable: no plan of these methods lies in the band; with the nearest figures.
         UnsupportedSite: a method named cannot act on this backbone.
+        BadSetting: `compensate` or `trials` is out of range, or the data hold no images.
     """
     start = time.perf_counter()
     budget = parse_one(target_flops, target_params, target_latency_ms)
+    how = Compensation(compensate)  # type: ignore[arg-type]
+    if trials < 1:
+        raise BadSetting(f"trials is {trials}; 1 or more works.")
     base, history = _without_adapters(model)
-    evidence, explicit = Evidence(data), methods is not None
-    chosen, notes = _usable(base, _resolve(methods), budget.quantity, evidence, explicit=explicit)
+    batches = None if data is None else _held(data, base, history)
+    chosen = choose(base, methods, budget.quantity, Evidence(batches))
     before = measure(base, image_size)
     history.before = history.before or before.to_json()
     history.fingerprint = history.fingerprint or fingerprint(base)
-    pricing = Pricing(base, chosen, budget.quantity, image_size, batch_size)
-    limit = budget.limit(pricing.base_cost(before))
-    built = _find(base, chosen, evidence, pricing, budget, before)
+    pricing = Pricing(base, chosen.methods, budget.quantity, image_size, batch_size)
+    share = budget.limit(pricing.base_cost(before)) / pricing.base_cost(before)
+    base = _with_training(base, chosen, data, min(1.0, share), image_size)
+    pricing = Pricing(base, chosen.methods, budget.quantity, image_size, batch_size)
+    job = _Job(base, chosen, pricing, budget, before, batches, how)
+    built = _spend(job, trials)
     history = history.then(*built.steps)
     return Result(
         model=CompressedModel(built.model, history),
         before=before,
         cost=built.cost,
         budget=budget,
-        limit=limit,
+        limit=job.limit,
         got=built.got,
         plan=history.plan,
         seconds=time.perf_counter() - start,
         tried=built.found.tried,
-        notes=notes,
-        kinds=_kinds(base),
+        notes=chosen.notes,
+        kinds=kinds_of(base),
     )
+
+
+def _with_training(
+    base: nn.Module,
+    chosen: Chosen,
+    data: Any,
+    target: float,
+    image_size: tuple[int, int] | int | None,
+) -> nn.Module:
+    """The model with what methods learned folded into it; they find the rest in their evidence."""
+    trained = [i for i in chosen.spending if isinstance(chosen.methods[i], Trained)]
+    if not trained:
+        return base
+    base = copy.deepcopy(base)
+    for place in trained:
+        method, batches = chosen.methods[place], chosen.evidence[place].batches
+        if batches is None or not isinstance(method, Trained):
+            raise BadSetting(
+                f"{name_of(method)} is trained before it decides, and no images were given: pass "
+                "data=, a folder or batches."
+            )
+        share = target ** (1 / len(chosen.spending))
+        learned = prepare(base, method, batches, share, image_size=image_size)
+        chosen.evidence[place] = replace(chosen.evidence[place], learned=learned, memory={})
+        chosen.notes.extend(learned.get("notes", ()) if isinstance(learned, dict) else ())
+    return base
+
+
+def _held(data: Any, base: nn.Module, history: History) -> list[Any]:
+    """The batches in memory: they are gone through several times."""
+    if isinstance(data, str | Path):
+        described = history.preprocessing or preprocessing.of_model(base, "", input_size(base)[1])
+        transform = preprocessing.evaluation_transform(described)
+        images = open_for_calibration(str(data), CALIBRATION)
+        return [pixels for pixels, _ in batches_of(images, transform, CALIBRATION)]
+    batches = list(data)
+    if not batches:
+        raise BadSetting("The data gave no batch. An iterable of (images, labels) works.")
+    for batch in batches:
+        images_of(batch)
+    return batches
 
 
 @dataclass(frozen=True)
@@ -180,55 +159,137 @@ class _Built:
     got: float
 
 
-ATTEMPTS = 4
+@dataclass(frozen=True)
+class _Job:
+    """What is asked of the search."""
+
+    base: nn.Module
+    chosen: Chosen
+    pricing: Pricing
+    budget: Budget
+    before: Cost
+    batches: list[Any] | None
+    how: Compensation
+
+    @property
+    def base_cost(self) -> float:
+        return self.pricing.base_cost(self.before)
+
+    @property
+    def limit(self) -> float:
+        return self.budget.limit(self.base_cost)
+
+    @property
+    def timed(self) -> bool:
+        return self.budget.quantity == "latency_ms"
+
+    def mixed(self, mix: Mix) -> _Job:
+        return replace(self, chosen=self.chosen.mixed(mix))
+
+    def without_exact(self) -> _Job:
+        chosen = self.chosen.without_exact()
+        return replace(self, chosen=chosen, pricing=self.pricing.of(chosen.methods))
 
 
-def _find(
-    base: nn.Module,
-    methods: Sequence[Method],
-    evidence: Evidence,
-    pricing: Pricing,
-    budget: Budget,
-    before: Cost,
-) -> _Built:
+def _spend(job: _Job, trials: int) -> _Built:
+    """Divide the budget among the methods by trial where there are images to try on."""
+    count = len(job.chosen.spending)
+    if count < 2 or trials < 2 or job.batches is None or job.timed:
+        return _find(job)
+    fitted, held_out = _parted(job.batches)
+    try:
+        with torch.no_grad():
+            wanted = [logits_of(job.base.eval()(x)).detach() for x in held_out]
+    except UnsupportedBackbone:  # no classifier whose answers could be compared
+        return _find(job)
+
+    def attempt(mix: Mix) -> tuple[float, _Built | None]:
+        try:
+            built = _find(replace(job.mixed(mix), batches=fitted))
+        except BudgetUnreachable:
+            return float("inf"), None
+        return divergence(built.model.eval(), wanted, held_out), built
+
+    mix, best = best_mix(count, attempt, trials)
+    if best is None:
+        return _find(job)
+    job.chosen.notes.append(_said(job.chosen, mix))
+    return _build(job.mixed(mix), best.found)
+
+
+def _said(chosen: Chosen, mix: Mix) -> str:
+    shares = [
+        f"{name_of(chosen.methods[i])} {w:g}" for i, w in zip(chosen.spending, mix, strict=True)
+    ]
+    return (
+        f"The budget was divided by trial on the images; relative strengths: {', '.join(shares)}."
+    )
+
+
+def _parted(batches: list[Any]) -> tuple[list[Any], list[Tensor]]:
+    """Some of the images to fit a trial on, and as many others to compare its answers on."""
+    images = torch.cat([images_of(batch) for batch in batches])
+    size = max(len(images_of(batch)) for batch in batches)
+    share = max(1, min(TRIAL, len(images) // 2))
+    held_out = images[:share] if len(images) == 1 else images[share : 2 * share]
+    return list(torch.split(images[:share], size)), list(torch.split(held_out, size))
+
+
+ATTEMPTS, CALIBRATION, TRIAL = 4, 512, 128
+
+
+def _find(job: _Job) -> _Built:
     """Search, build, and take the cost again on what was built.
 
     A counted cost is right at once. A timed one is aimed again by what the second timing said.
     """
-    limit = aim = budget.limit(pricing.base_cost(before))
-    decide, timed = _decider(base, methods, evidence), budget.quantity == "latency_ms"
+    limit = aim = job.limit
     tried = 0
-    for _ in range(ATTEMPTS if timed else 1):
-        found = search(decide, pricing, aim, exact=not timed)
+    for _ in range(ATTEMPTS if job.timed else 1):
+        found = search(_decider(job), job.pricing, aim, exact=not job.timed)
         tried += found.tried
-        _require(found, budget, limit, pricing.base_cost(before), methods, timed=timed)
-        smaller = copy.deepcopy(base)
-        steps = apply_steps(smaller, methods, found)
-        cost = measure(smaller, pricing.size[1:])
-        got = pricing.again(smaller, cost)
-        if in_band(got, limit):
-            return _Built(smaller, steps, replace(found, tried=tried), cost, got)
-        aim *= 0.99 * limit / got
-    spoken = _message(budget, limit, pricing.base_cost(before), replace(found, cost=got), methods)
+        if _overshot(job, found, limit):
+            return _find(job.without_exact())
+        _require(found, job, limit)
+        built = _build(job, replace(found, tried=tried))
+        if in_band(built.got, limit):
+            return built
+        aim *= 0.99 * limit / built.got
+    spoken = _message(job, limit, replace(found, cost=built.got))
     raise BudgetUnreachable(spoken)
 
 
-def apply_steps(model: nn.Module, methods: Sequence[Method], found: Found) -> list[Step]:
-    """Apply what was found, in place; the steps for the plan."""
-    apply_all(model, methods, found.decisions)
-    return [
+def _overshot(job: _Job, found: Found, limit: float) -> bool:
+    """Whether the exact steps, which are taken whole, have brought the cost below the band."""
+    has_exact = len(job.chosen.spending) < len(job.chosen.methods)
+    reachable = found.smallest <= limit and found.strength > 0
+    return has_exact and reachable and not job.timed and not in_band(found.cost, limit)
+
+
+def _build(job: _Job, found: Found) -> _Built:
+    smaller = copy.deepcopy(job.base).eval()
+    methods = job.chosen.methods
+    with torch.no_grad():
+        if job.batches is None:
+            done = apply_all(smaller, methods, found.decisions)
+        else:
+            done = apply_compensated(smaller, methods, found.decisions, job.batches, job.how)
+    steps = [
         Step(name_of(method), method.settings(), found.strength, decisions)
-        for method, decisions in zip(methods, found.decisions, strict=True)
+        for method, decisions in zip(methods, done, strict=True)
         if decisions
     ]
+    smaller.train(job.base.training)
+    cost = measure(smaller, job.pricing.size[1:])
+    return _Built(smaller, steps, found, cost, job.pricing.again(smaller, cost))
 
 
-def _decider(base: nn.Module, methods: Sequence[Method], evidence: Evidence) -> Any:
-    backbone = view(base)
+def _decider(job: _Job) -> Any:
+    backbone = view(job.base)
 
     def decide(strength: float) -> list[Decisions]:
         with torch.no_grad():
-            return [method.decide(backbone, strength, evidence) for method in methods]
+            return job.chosen.decide(backbone, strength)
 
     return decide
 
@@ -243,70 +304,17 @@ def _without_adapters(model: nn.Module) -> tuple[nn.Module, History]:
     return unwrap(merged), own if isinstance(own, History) else history.without_adapters()
 
 
-def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
-    given = DEFAULT if methods is None else methods
-    listed = [given] if isinstance(given, str | Method) else list(given)
-    if not listed:
-        raise BadSetting("methods is empty; name at least one.")
-    found: list[Method] = []
-    for entry in listed:
-        found += (
-            [entry]
-            if isinstance(entry, Method)
-            else [make(n, settings) for n, settings in expand(entry)]
-        )
-    return sorted(found, key=lambda method: method.stage)
-
-
-def _usable(
-    base: nn.Module,
-    methods: list[Method],
-    quantity: Quantity,
-    evidence: Evidence,
-    *,
-    explicit: bool,
-) -> tuple[list[Method], list[str]]:
-    """The methods that can act here and help; by default others are left out with a note."""
-    backbone, kept, notes = view(base), [], []
-    for method in methods:
-        name = name_of(method)
-        if isinstance(method, Adapter) or quantity not in method.reduces:
-            notes.append(f"{name} was left out: it does not reduce {quantity}.")
-            continue
-        try:
-            method.decide(backbone, method.strength or 0.5, evidence)
-        except UnsupportedSite as error:
-            if explicit:
-                raise
-            notes.append(f"{name} was left out: {error}")
-            continue
-        kept.append(method)
-    if not kept:
-        raise UnsupportedSite("No method can act on this model. " + " ".join(notes))
-    return kept, notes
-
-
-def _require(
-    found: Found,
-    budget: Budget,
-    limit: float,
-    base: float,
-    methods: Sequence[Method],
-    *,
-    timed: bool,
-) -> None:
-    if timed and found.cost <= limit and found.strength > 0:
+def _require(found: Found, job: _Job, limit: float) -> None:
+    if job.timed and found.cost <= limit and found.strength > 0:
         return
-    if not in_band(found.cost, limit) and not (found.strength == 0.0 and budget.relative):
-        raise BudgetUnreachable(_message(budget, limit, base, found, methods))
+    if not in_band(found.cost, limit) and not (found.strength == 0.0 and job.budget.relative):
+        raise BudgetUnreachable(_message(job, limit, found))
 
 
-def _message(
-    budget: Budget, limit: float, base: float, found: Found, methods: Sequence[Method]
-) -> str:
-    names = ", ".join(name_of(method) for method in methods)
-    say = _speaker(budget, base)
-    asked = f"{budget.quantity} of at most {say(limit)} was asked (target {budget.asked})"
+def _message(job: _Job, limit: float, found: Found) -> str:
+    names = ", ".join(name_of(method) for method in job.chosen.methods)
+    say = _speaker(job.budget.quantity, job.base_cost)
+    asked = f"{job.budget.quantity} of at most {say(limit)} was asked (target {job.budget.asked})"
     if found.smallest > limit:
         return (
             f"{asked}; the smallest that {names} can reach on this model is {say(found.smallest)}."
@@ -320,22 +328,12 @@ def _message(
     )
 
 
-def _speaker(budget: Budget, base: float) -> Any:
+def _speaker(quantity: Quantity, base: float) -> Any:
     def say(value: float) -> str:
-        if budget.quantity == "latency_ms":
+        if quantity == "latency_ms":
             return f"{value:.3f} ms"
-        if budget.quantity == "params":
+        if quantity == "params":
             return f"{value / 1e6:.4f} M ({value / base:.4f} of the model)"
         return f"{value / 2e9:.4f} GMACs ({value / base:.4f} of the model)"
 
     return say
-
-
-def _kinds(model: nn.Module) -> dict[str, int]:
-    """How many heads and hidden units there are, where they are told apart."""
-    backbone = view(model)
-    counts = {
-        "heads": sum(site.count for site in backbone.heads),
-        "hidden": sum(site.count for site in backbone.hidden),
-    }
-    return {kind: count for kind, count in counts.items() if count}

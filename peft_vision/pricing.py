@@ -8,19 +8,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from peft_vision.backbones import view
+from peft_vision.applying import apply_all
 from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Quantity
 from peft_vision.cost import Cost, count_flops, example_input, input_size, time_on, twin
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
-
-
-def apply_all(model: nn.Module, methods: Sequence[Method], decisions: Sequence[Decisions]) -> None:
-    """Apply each method's decisions, in place and in order; empty ones change nothing."""
-    for method, decided in zip(methods, decisions, strict=True):
-        if decided:
-            method.apply(view(model), decided)
 
 
 class Pricing:
@@ -41,6 +34,12 @@ class Pricing:
         self.empty = twin(base)
         self.batch_size = batch_size
         self.dense_ms = 0.0
+
+    def of(self, methods: Sequence[Method]) -> Pricing:
+        """The same prices for decisions of other methods."""
+        other = copy.copy(self)
+        other.methods = methods
+        return other
 
     def base_cost(self, before: Cost) -> float:
         """What the model that went in costs."""

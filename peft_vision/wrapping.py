@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from peft_vision.backbones import view
+from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import measure, unwrap
 from peft_vision.errors import BadSetting
@@ -37,7 +39,8 @@ def wrap(
         model: a timm or transformers backbone, any module, or an already wrapped model.
         method: name of a method or preset (`peft_vision.methods()`), or a Method object.
         quantize: store the base's linears in fewer bits first: the name of a quantizer.
-        data: (images, labels) batches for methods that decide by data.
+        data: (images, labels) batches for methods that decide by data; what a pruner leaves is then
+            fitted again on them, as by `compress`.
         image_size: height and width, for models that do not say theirs.
         settings: the method's settings; each card lists them. Those of a preset go to each of its
             methods that has a setting of that name.
@@ -91,7 +94,7 @@ def _wrap_one(
 ) -> nn.Module:
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
-    evidence = Evidence(data)
+    evidence = Evidence(None if data is None else list(data))
     decisions = method.decide(backbone, method.strength, evidence)
     if isinstance(method, Adapter) and not decisions:
         raise BadSetting("The adapter has no targets at strength 0.")
@@ -100,7 +103,11 @@ def _wrap_one(
     if history.fingerprint is None:
         history.fingerprint = fingerprint(backbone.core, [s.layer for s in backbone.classifier])
     step = Step(name_of(method), method.settings(), method.strength, decisions)
-    method.apply(backbone, step.decisions)
+    if evidence.batches is None or not method.reduces:
+        method.apply(backbone, step.decisions)
+    else:
+        with torch.no_grad():
+            apply_compensated(inner, [method], [decisions], evidence.batches, Compensation())
     if isinstance(method, Adapter):
         adapted = adapt(model, method, history.then(step), image_size=image_size)
         method.learn(view(unwrap(adapted)), step.decisions, evidence)

@@ -50,17 +50,20 @@ def test_out_of_reach_names_the_smallest(tiny_timm: Tiny) -> None:
     from peft_vision.method import Evidence
 
     strongest.apply(view(cut), strongest.decide(view(model), 1.0, Evidence()))
+    pv.wrap(cut, "pooled_last_block")
     share = count_flops(cut, (3, 32, 32)) / pv.measure(model).flops
     assert f"({share:.4f} of the model)" in str(caught.value)
 
 
 def test_a_method_named_must_work_a_default_one_is_left_out(tiny_timm: Tiny) -> None:
-    model = tiny_timm(class_token=False, global_pool="avg")
-    with pytest.raises(UnsupportedSite, match="class token"):
+    from timm.models.vision_transformer import ResPostBlock
+
+    model = tiny_timm(block_fn=ResPostBlock)
+    with pytest.raises(UnsupportedSite, match="normalize after"):
         pv.compress(model, target_flops=0.6, methods=["token_reorganization"])
     result = pv.compress(model, target_flops=0.6)
     assert [step.method for step in result.plan.steps] == ["magnitude"]
-    assert any("class token" in note for note in result.notes)
+    assert any("normalize after" in note for note in result.notes)
 
 
 def test_methods_by_name_by_preset_and_as_objects(tiny_timm: Tiny) -> None:
@@ -78,7 +81,8 @@ def test_width_is_cut_before_tokens_whatever_the_order(tiny_timm: Tiny) -> None:
     result = pv.compress(
         tiny_timm(), target_flops=0.6, methods=["token_reorganization", "magnitude"]
     )
-    assert [step.method for step in result.plan.steps] == ["magnitude", "token_reorganization"]
+    steps = [step.method for step in result.plan.steps]
+    assert steps == ["pooled_last_block", "magnitude", "token_reorganization"]
 
 
 def test_adapters_are_merged_first_and_the_model_is_untouched(tiny_timm: Tiny) -> None:
@@ -104,7 +108,8 @@ def test_compressing_twice(tiny_timm: Tiny) -> None:
     once = pv.compress(tiny_timm(), target_flops=0.8, methods=["magnitude"])
     twice = pv.compress(once.model, target_flops=0.8, methods=["magnitude"])
     assert 0.98 * 0.8 < twice.cost.flops / once.cost.flops <= 0.8
-    assert len(twice.plan.steps) == 2
+    names = [step.method for step in twice.plan.steps]
+    assert names == ["pooled_last_block", "magnitude", "magnitude"]
 
 
 def timed_by_count(ms_per_flop: float) -> Any:

@@ -19,7 +19,8 @@ from peft_vision.backbones.sites import (
 from peft_vision.layers.absent import Absent
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts, attention_of, mlp_of
-from peft_vision.layers.bottleneck import place_inside
+from peft_vision.layers.bottleneck import inside, place_inside
+from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.ownership import plain_of
 from peft_vision.layers.readout import Readout
@@ -60,7 +61,7 @@ def assemble(container: nn.Module, parts: BlockParts, *, opens: bool = False) ->
     hidden = [
         HiddenSite(f"blocks.{i}.hidden", block, parts.mlp, parts.mlp_parts, i)
         for i, (_, _, block) in enumerate(found)
-        if not isinstance(getattr(block, parts.mlp), Absent)
+        if not isinstance(mlp_of(block, parts), Absent | LinearMlp)
     ]
     return Assembly(tuple(blocks), tuple(linears), tuple(heads), tuple(hidden))
 
@@ -97,9 +98,18 @@ def _in_attention(attention: nn.Module, parts: BlockParts) -> Iterator[Named]:
 def _in_mlp(mlp: nn.Module, parts: BlockParts) -> Iterator[Named]:
     if isinstance(mlp, Absent):
         return
+    if isinstance(mlp, LinearMlp):
+        yield mlp, "linear", "down"
+        return
     ups: Sequence[Role] = ("gate", "up") if len(parts.mlp_parts.up) == 2 else ("up",)
     yield from ((mlp, name, role) for name, role in zip(parts.mlp_parts.up, ups, strict=True))
     yield mlp, parts.mlp_parts.down, "down"
+
+
+def whole_mlp(blocks: Iterable[nn.Module], name: str) -> nn.Module | None:
+    """The first MLP that still is the family's own; None where all were removed or replaced."""
+    found = (inside(getattr(block, name)) for block in blocks)
+    return next((mlp for mlp in found if not isinstance(mlp, Absent | LinearMlp)), None)
 
 
 def find_blocks(model: nn.Module, kind: type[nn.Module]) -> tuple[nn.Module, str] | None:
@@ -146,7 +156,7 @@ def _mlp_names(parts: MlpParts) -> tuple[str, ...]:
 
 
 def _absent(owner: nn.Module, names: Iterable[str]) -> str:
-    if isinstance(owner, Absent):
+    if isinstance(owner, Absent | LinearMlp):
         return ""
     missing = [name for name in names if getattr(owner, name, ABSENT) is ABSENT]
     return f"{type(owner).__name__} has no {', '.join(missing)}" if missing else ""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vision.backbones import _hf_towers
+from peft_vision.backbones import _hf_towers, _hf_width
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
@@ -75,17 +75,22 @@ def view(model: Any) -> Backbone:
     sites = assemble(getattr(*found), PARTS)
     embeddings = next(m for m in model.modules() if isinstance(m, CLIPVisionEmbeddings))
     averages = isinstance(model, CLIPForImageClassification)
+    patch = LayerSite("patch", embeddings, "patch_embedding", "patch")
     return Backbone(
         model=model,
         family="hf_clip",
         input_size=size_in_config(vision),
         blocks=sites.blocks,
         linears=sites.linears,
-        convs=(LayerSite("patch", embeddings, "patch_embedding", "patch"),),
+        convs=(patch,),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=TokensSite("tokens", *found, PARTS, 1, pooling="average" if averages else "class"),
         positions=_hf_towers.site(model, found, 1),
+        width=None if averages else _hf_width.site(model, found, PARTS, patch),
         classifier=last_layers(model, "classifier", "visual_projection"),
         readouts=readouts_in(model, vision.hidden_size, "classifier"),
+        missing={"width": "its classifier reads the stream itself, without a norm between"}
+        if averages
+        else {},
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_vision.backbones import _hf_width
 from peft_vision.backbones.assembly import (
     ABSENT,
     assemble,
@@ -16,6 +17,7 @@ from peft_vision.backbones.assembly import (
     last_layers,
     readouts_in,
     size_in_config,
+    whole_mlp,
 )
 from peft_vision.backbones.positions import (
     PositionParts,
@@ -26,7 +28,6 @@ from peft_vision.backbones.positions import (
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts
-from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.positions import Grid
 from peft_vision.layers.trunk import blocks_in
@@ -35,6 +36,8 @@ MODULES = (
     "transformers.models.dinov2.modeling_dinov2",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
 )
+
+MAPS = "its feature maps need every patch, and are read by others"
 
 PLAIN = MlpParts(up=("fc1",), down="fc2")
 GATED = MlpParts(up=("gate_proj", "up_proj"), down="down_proj")
@@ -76,7 +79,7 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def _parts(container: nn.Module) -> BlockParts:
-    mlp = inside(getattr(next(blocks_in(container))[2], PARTS.mlp, nn.Identity()))
+    mlp = whole_mlp((block for _, _, block in blocks_in(container)), PARTS.mlp)
     gated = getattr(mlp, GATED.down, ABSENT) is not ABSENT
     return replace(PARTS, mlp_parts=GATED if gated else PLAIN)
 
@@ -90,20 +93,22 @@ def view(model: Any) -> Backbone:
     sites = assemble(getattr(*found), parts)
     embeddings = _base(model).embeddings
     maps = getattr(model, "out_features", None) is not None
+    patch = LayerSite("patch", embeddings.patch_embeddings, "projection", "patch")
     return Backbone(
         model=model,
         family="hf_dinov2",
         input_size=size_in_config(model.config),
         blocks=sites.blocks,
         linears=sites.linears,
-        convs=(LayerSite("patch", embeddings.patch_embeddings, "projection", "patch"),),
+        convs=(patch,),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None if maps else _tokens(model, found, parts),
         positions=_positions(model, found),
+        width=None if maps else _hf_width.site(model, found, parts, patch),
         classifier=last_layers(model, "classifier"),
         readouts=readouts_in(model, 2 * model.config.hidden_size, "classifier"),
-        missing={"tokens": "its feature maps need every patch"} if maps else {},
+        missing={"tokens": MAPS, "width": MAPS} if maps else {},
     )
 
 

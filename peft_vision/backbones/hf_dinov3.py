@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peft_vision.backbones import _hf_width
 from peft_vision.backbones.assembly import (
     ABSENT,
     assemble,
@@ -15,6 +16,7 @@ from peft_vision.backbones.assembly import (
     lacking,
     last_layers,
     size_in_config,
+    whole_mlp,
 )
 from peft_vision.backbones.positions import (
     PositionParts,
@@ -26,12 +28,13 @@ from peft_vision.backbones.positions import (
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts
-from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.positions import Grid, without_rows
 from peft_vision.layers.trunk import blocks_in
 
 MODULES = ("transformers.models.dinov3_vit.modeling_dinov3_vit",)
+
+MAPS = "its feature maps need every patch, and are read by others"
 
 PLAIN = MlpParts(up=("up_proj",), down="down_proj")
 GATED = MlpParts(up=("gate_proj", "up_proj"), down="down_proj")
@@ -83,7 +86,7 @@ def _blocks(model: nn.Module) -> tuple[nn.Module, str] | None:
 
 
 def _parts(container: nn.Module) -> BlockParts:
-    mlp = inside(getattr(next(blocks_in(container))[2], PARTS.mlp, nn.Identity()))
+    mlp = whole_mlp((block for _, _, block in blocks_in(container)), PARTS.mlp)
     gated = getattr(mlp, "gate_proj", ABSENT) is not ABSENT
     return replace(PARTS, mlp_parts=GATED if gated else PLAIN)
 
@@ -97,13 +100,14 @@ def view(model: Any) -> Backbone:
     sites = assemble(getattr(*found), parts)
     embeddings = _base(model).embeddings
     maps = getattr(model, "out_features", None) is not None
+    patch = LayerSite("patch", *plain(embeddings, "patch_embeddings"), "patch")
     return Backbone(
         model=model,
         family="hf_dinov3",
         input_size=size_in_config(model.config),
         blocks=sites.blocks,
         linears=sites.linears,
-        convs=(LayerSite("patch", *plain(embeddings, "patch_embeddings"), "patch"),),
+        convs=(patch,),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None
@@ -116,8 +120,9 @@ def view(model: Any) -> Backbone:
             register_tokens=int(model.config.num_register_tokens),
         ),
         positions=_positions(model, found),
+        width=None if maps else _hf_width.site(model, found, parts, patch),
         classifier=last_layers(model, "classifier"),
-        missing={"tokens": "its feature maps need every patch"} if maps else {},
+        missing={"tokens": MAPS, "width": MAPS} if maps else {},
     )
 
 

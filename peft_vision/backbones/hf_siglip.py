@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vision.backbones import _hf_towers
+from peft_vision.backbones import _hf_towers, _hf_width
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
@@ -78,17 +78,19 @@ def view(model: Any) -> Backbone:
     classifies = isinstance(model, SiglipForImageClassification)
     pool = None if classifies else dict(model.named_children()).get("head")
     pooling: Pooling = "average" if classifies else "none" if pool is None else "attention"
+    patch = LayerSite("patch", embeddings, "patch_embedding", "patch")
     return Backbone(
         model=model,
         family="hf_siglip",
         input_size=size_in_config(vision),
         blocks=sites.blocks,
         linears=(*sites.linears, *(layers_in(pool, is_linear, "pool", "pool") if pool else ())),
-        convs=(LayerSite("patch", embeddings, "patch_embedding", "patch"),),
+        convs=(patch,),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=TokensSite("tokens", *found, PARTS, 0, pooling=pooling),
         positions=_hf_towers.site(model, found, 0),
+        width=_hf_width.site(model, found, PARTS, patch),
         classifier=last_layers(model, "classifier"),
         readouts=readouts_in(model, vision.hidden_size, "classifier"),
     )

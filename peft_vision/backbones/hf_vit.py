@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.backbones import _hf_width
 from peft_vision.backbones.assembly import (
     assemble,
     find_blocks,
@@ -69,22 +70,24 @@ def view(model: Any) -> Backbone:
     sites = assemble(getattr(*found), PARTS)
     rebuilds = isinstance(model, ViTForMaskedImageModeling)
     pooled = base is not model or base.pooler is not None
+    patch = LayerSite("patch", base.embeddings.patch_embeddings, "projection", "patch")
     return Backbone(
         model=model,
         family="hf_vit",
         input_size=size_in_config(model.config),
         blocks=sites.blocks,
         linears=sites.linears,
-        convs=(LayerSite("patch", base.embeddings.patch_embeddings, "projection", "patch"),),
+        convs=(patch,),
         heads=sites.heads,
         hidden=sites.hidden,
         tokens=None
         if rebuilds
         else TokensSite("tokens", *found, PARTS, 1, pooling="class" if pooled else "none"),
         positions=_positions(model, found),
+        width=None if rebuilds else _hf_width.site(model, found, PARTS, patch),
         classifier=last_layers(model, "classifier"),
         readouts=readouts_in(model, model.config.hidden_size, "classifier"),
-        missing={"tokens": "it rebuilds every patch"} if rebuilds else {},
+        missing=dict.fromkeys(("tokens", "width"), "it rebuilds every patch") if rebuilds else {},
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones.positions import PositionsSite
+from peft_vision.backbones.width import WidthSite
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers import attention as attention_layer
 from peft_vision.layers import mlp as mlp_layer
@@ -272,6 +273,7 @@ class Backbone:
     hidden: tuple[HiddenSite, ...] = ()
     tokens: TokensSite | None = None
     positions: PositionsSite | None = None
+    width: WidthSite | None = None
     classifier: tuple[LayerSite, ...] = ()
     readouts: tuple[ReadoutSite, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
@@ -303,7 +305,8 @@ class Backbone:
         """Refuse by name what cannot be done.
 
         Args:
-            kinds: of "blocks", "linears", "convs", "heads", "hidden", "tokens", "readouts".
+            kinds: of "blocks", "linears", "convs", "heads", "hidden", "tokens", "width",
+                "readouts".
 
         Raises:
             UnsupportedSite: the model has no site of that kind, with the reason.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_vision.backbones import _timm_positions
+from peft_vision.backbones import _timm_positions, _timm_width
 from peft_vision.backbones.assembly import (
     ABSENT,
     Assembly,
@@ -21,6 +22,7 @@ from peft_vision.backbones.assembly import (
     lacking,
     last_layers,
     layers_in,
+    whole_mlp,
 )
 from peft_vision.backbones.positions import PositionsSite, run
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
@@ -28,9 +30,11 @@ from peft_vision.backbones.timm_vit import (
     POOLING,
     input_size,
     mlp_parts,
+    mlp_parts_of,
     readouts,
     register_rules,
 )
+from peft_vision.layers.absent import Absent
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts, attention_half, attention_of, mlp_half
 from peft_vision.layers.trunk import blocks_in, trunk_in
@@ -61,18 +65,14 @@ def why_not(model: Any) -> str:
     for block in blocks:
         if type(block) not in (EvaBlock, EvaBlockPostNorm):
             return f"its blocks are of class {type(block).__name__}"
-        if mlp_parts(block.mlp) is None:
+        if mlp_parts(block.mlp) is None and whole_mlp([block], "mlp") is not None:
             return f"its MLPs are of class {type(block.mlp).__name__}"
-    return lacking(model.blocks, _parts(blocks[0])) if blocks else "it has no blocks"
+    return lacking(model.blocks, _parts(blocks)) if blocks else "it has no blocks"
 
 
-def _parts(block: nn.Module) -> BlockParts:
-    inner: Any = block
-    mlp = mlp_parts(inner.mlp)
-    if mlp is None:
-        raise AssertionError("why_not() admits known MLPs only")
+def _parts(blocks: Sequence[nn.Module]) -> BlockParts:
     # Blocks that normalize after their branches have no scale.
-    scaled = getattr(block, "gamma_1", ABSENT) is not ABSENT
+    scaled = getattr(blocks[0], "gamma_1", ABSENT) is not ABSENT
     parts = BlockParts(
         norm1="norm1",
         attention="attn",
@@ -81,10 +81,17 @@ def _parts(block: nn.Module) -> BlockParts:
         mlp="mlp",
         after2=("gamma_2", "drop_path2") if scaled else ("drop_path2",),
         attention_parts=AttentionParts(qkv=("qkv",), out="proj"),
-        mlp_parts=mlp,
+        mlp_parts=mlp_parts_of(blocks),
         rope="rope",
     )
-    return replace(parts, attention_parts=_attention_parts(attention_of(block, parts)))
+    whole = _whole_attention(blocks, parts)
+    return parts if whole is None else replace(parts, attention_parts=_attention_parts(whole))
+
+
+def _whole_attention(blocks: Sequence[nn.Module], parts: BlockParts) -> nn.Module | None:
+    """The first attention that was not removed."""
+    found = (attention_of(block, parts) for block in blocks)
+    return next((module for module in found if not isinstance(module, Absent)), None)
 
 
 def _attention_parts(attention: Any) -> AttentionParts:
@@ -115,10 +122,10 @@ def view(model: Any) -> Backbone:
     from timm.models.eva import Eva
 
     register_rules()
-    first = next(blocks_in(model.blocks))[2]
-    parts = _parts(first)
+    blocks = [block for _, _, block in blocks_in(model.blocks)]
+    parts = _parts(blocks)
     # EvaAttention reshapes its heads to the width of the stream: removing one would break it.
-    opens = not isinstance(attention_of(first, parts), AttentionRope)
+    opens = not isinstance(_whole_attention(blocks, parts), AttentionRope)
     missing = _missing(model, parts)
     unplaced = _timm_positions.why_not(model, Eva)
     sites = _without(missing, assemble(model.blocks, parts, opens=opens))
@@ -134,6 +141,7 @@ def view(model: Any) -> Backbone:
         hidden=sites.hidden,
         tokens=None if "tokens" in missing else _tokens(model, parts),
         positions=None if unplaced else _positions(model),
+        width=None if "width" in missing else _timm_width.site(model, parts, opens=opens),
         classifier=last_layers(model, "head"),
         readouts=readouts(model, "head"),
         missing={**missing, "positions": unplaced} if unplaced else missing,
@@ -149,17 +157,17 @@ def _missing(model: Any, parts: BlockParts) -> dict[str, str]:
     found = [block for _, _, block in blocks_in(model.blocks)]
     if model.rope_mixed:
         reason = "each block and head has rotary frequencies of its own, kept outside of the blocks"
-        return dict.fromkeys(("blocks", "heads", "tokens"), reason)
+        return dict.fromkeys(("blocks", "heads", "tokens", "width"), reason)
     if any(getattr(attention_of(b, parts), "num_kv_groups", 1) != 1 for b in found):
         reason = "several query heads share keys and values (grouped-query attention)"
-        return dict.fromkeys(("heads", "tokens"), reason)
+        return dict.fromkeys(("heads", "tokens", "width"), reason)
     if any(type(block) is not EvaBlock for block in found):
-        return {"tokens": "its blocks normalize after the branches"}
+        return dict.fromkeys(("tokens", "width"), "its blocks normalize after the branches")
     return {}
 
 
 def _without(missing: dict[str, str], sites: Assembly) -> Assembly:
-    kinds = {kind: () for kind in missing if kind != "tokens"}
+    kinds = {kind: () for kind in missing if kind not in ("tokens", "width")}
     return replace(sites, **kinds)
 
 
@@ -226,7 +234,7 @@ def _one_block(block: nn.Module, x: Tensor, rope: Tensor, opened: bool) -> Tenso
     if not opened:
         done: Tensor = block(x, rope=rope)
         return done
-    parts = _parts(block)
+    parts = _parts([block])
     return mlp_half(block, parts, attention_half(block, parts, x, rope).x)[0]
 
 
@@ -239,6 +247,6 @@ def _positions(model: Any) -> PositionsSite:
     stays = ""
     if any(type(block) is not EvaBlock for block in found):
         stays = "its blocks, which normalize after the branches, rotate what comes after"
-    elif any(getattr(attention_of(b, _parts(b)), "num_kv_groups", 1) != 1 for b in found):
+    elif any(getattr(attention_of(b, _parts([b])), "num_kv_groups", 1) != 1 for b in found):
         stays = "its blocks, whose heads share keys and values, rotate what comes after"
     return _timm_positions.site(model, ROTARY, stays)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vision.backbones import _timm_positions
+from peft_vision.backbones import _timm_positions, _timm_width
 from peft_vision.backbones.assembly import (
     assemble,
     is_conv,
@@ -17,12 +17,14 @@ from peft_vision.backbones.assembly import (
     last_layers,
     layers_in,
     readouts_in,
+    whole_mlp,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, ReadoutSite, TokensSite
 from peft_vision.layers.absent import Absent
 from peft_vision.layers.attention import AttentionParts, attention_inside
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import inside
+from peft_vision.layers.masked_norm import by_root_mean_square, masked_norm
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.surgery import keep_features, select_parameter
 from peft_vision.layers.trunk import blocks_in
@@ -44,6 +46,8 @@ ATTENTION = AttentionParts(
     out_dropout="proj_drop",
 )
 
+PLAIN = MlpParts(up=("fc1",), down="fc2", norm="norm")
+
 
 def why_not(model: Any) -> str:
     """What keeps the model from being understood in full; empty when nothing does."""
@@ -59,9 +63,9 @@ def why_not(model: Any) -> str:
         attention = attention_inside(block.attn)
         if type(attention) not in (Attention, Absent):
             return f"its attention is of class {type(attention).__name__}"
-        if mlp_parts(block.mlp) is None and not isinstance(block.mlp, Absent):
+        if mlp_parts(block.mlp) is None and whole_mlp([block], "mlp") is not None:
             return f"its MLPs are of class {type(block.mlp).__name__}"
-    return lacking(model.blocks, _parts(blocks[0])) if blocks else "it has no blocks"
+    return lacking(model.blocks, _parts(blocks)) if blocks else "it has no blocks"
 
 
 def mlp_parts(mlp: nn.Module) -> MlpParts | None:
@@ -70,7 +74,7 @@ def mlp_parts(mlp: nn.Module) -> MlpParts | None:
 
     mlp = inside(mlp)
     if type(mlp) is Mlp:
-        return MlpParts(up=("fc1",), down="fc2", norm="norm")
+        return PLAIN
     if type(mlp) is SwiGLU:
         return MlpParts(up=("fc1_g", "fc1_x"), down="fc2", norm="norm")
     if type(mlp) is GluMlp:
@@ -95,11 +99,16 @@ def input_size(model: Any) -> tuple[int, int, int]:
     return (int(stem.weight.shape[1]), int(height), int(width))
 
 
-def _parts(block: Any) -> BlockParts:
-    mlp = mlp_parts(block.mlp)
-    if mlp is None:
-        raise AssertionError("why_not() admits known MLPs only")
-    scaled = getattr(block, "ls1", None) is not None  # blocks that normalize after have no scale
+def mlp_parts_of(blocks: Sequence[nn.Module]) -> MlpParts:
+    """The parts of the MLPs of these blocks, some of which may be gone."""
+    whole = whole_mlp(blocks, "mlp")
+    return (None if whole is None else mlp_parts(whole)) or PLAIN
+
+
+def _parts(blocks: Sequence[nn.Module]) -> BlockParts:
+    scaled = (
+        getattr(blocks[0], "ls1", None) is not None
+    )  # blocks that normalize after have no scale
     return BlockParts(
         norm1="norm1",
         attention="attn",
@@ -108,7 +117,7 @@ def _parts(block: Any) -> BlockParts:
         mlp="mlp",
         after2=("ls2", "drop_path2") if scaled else ("drop_path2",),
         attention_parts=ATTENTION,
-        mlp_parts=mlp,
+        mlp_parts=mlp_parts_of(blocks),
     )
 
 
@@ -119,11 +128,12 @@ def view(model: Any) -> Backbone:
 
     register_rules()
     first = next(blocks_in(model.blocks))[2]
-    parts = _parts(first)
+    parts = _parts([block for _, _, block in blocks_in(model.blocks)])
     sites = assemble(model.blocks, parts)
     pool = layers_in(model.attn_pool, is_linear, "pool", "pool") if model.attn_pool else ()
     post = isinstance(first, ResPostBlock)
-    missing = {"tokens": "its blocks normalize after the branches"} if post else {}
+    reason = "its blocks normalize after the branches"
+    missing = dict.fromkeys(("tokens", "width"), reason) if post else {}
     unplaced = _timm_positions.why_not(model, VisionTransformer, VisionTransformerDistilled)
     return Backbone(
         model=model,
@@ -136,6 +146,7 @@ def view(model: Any) -> Backbone:
         hidden=sites.hidden,
         tokens=None if post else _tokens(model, parts),
         positions=None if unplaced else _timm_positions.site(model, _timm_positions.PARTS),
+        width=None if post else _timm_width.site(model, parts),
         classifier=last_layers(model, "head", "head_dist"),
         readouts=readouts(model, "head", "head_dist"),
         missing={**missing, "positions": unplaced} if unplaced else missing,
@@ -175,6 +186,8 @@ def register_rules() -> None:
 
     if RmsNorm in keep_features.registry:
         return
+    for kind in (RmsNorm, RmsNormFp32):
+        masked_norm.register(kind, by_root_mean_square)
 
     @keep_features.register(RmsNorm)
     @keep_features.register(RmsNormFp32)

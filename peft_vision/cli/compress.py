@@ -25,8 +25,18 @@ def compress(
         str | None, typer.Option(help="Comma-separated methods or presets; see `methods`.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images to recover with: a folder or a data set's name.")
+        str | None,
+        typer.Option(
+            help="Images to decide by and to fit what stays on (512 are drawn, labels are not "
+            "needed), and to recover with: a folder or a data set's name."
+        ),
     ] = None,
+    compensate: Annotated[
+        str, typer.Option(help="With --data, how what stays takes over: ridge, mean or none.")
+    ] = "ridge",
+    trials: Annotated[
+        int, typer.Option(help="With --data, how many divisions of the budget to try.")
+    ] = 6,
     recover_epochs: Annotated[
         int, typer.Option(help="Epochs of fine-tuning with distillation from the dense model.")
     ] = 0,
@@ -58,6 +68,9 @@ def compress(
         target_params=target_params,
         target_latency_ms=target_latency,
         methods=[name.strip() for name in methods.split(",")] if methods else None,
+        data=data,
+        compensate=compensate,
+        trials=trials,
         image_size=image_size,
         batch_size=batch_size,
     )

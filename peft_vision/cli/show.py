@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from peft_vision.cli._importance import Asked, show_importance
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,16 +28,38 @@ def show(
             "weights are loaded, nothing is written."
         ),
     ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            help="Show how much each of its heads matters on images instead: heads. The weights "
+            "are loaded."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images, for --importance; no labels are read.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="At most so many are drawn from --data.")] = 64,
+    scores: Annotated[
+        str | None, typer.Option(help="Scores of heads, with commas between; default: all.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Draw the heads into this .png, .svg or .pdf file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show where methods can act on a model, and what it costs."""
+    """Show where methods can act on a model, what it costs, and which of its heads matter."""
     from rich.console import Console
 
     from peft_vision.backbones import view
     from peft_vision.cost import measure, unwrap
     from peft_vision.history import History
 
-    found = _opened(model, quantize)
+    asked = Asked(importance, data, images, scores, output)
+    asked.check()
+    found = _opened(model, quantize, weights=importance is not None)
+    if importance is not None:
+        show_importance(found, asked, as_json=as_json)
+        return
     plain = unwrap(found)
     backbone, cost, history = view(plain), measure(plain, image_size), History.of(found)
     kinds = {
@@ -60,7 +85,7 @@ def show(
         Console().print(_error_table(errors, backbone))
 
 
-def _opened(model: str, quantize: str | None) -> Any:
+def _opened(model: str, quantize: str | None, *, weights: bool) -> Any:
     from peft_vision.errors import BadSetting
     from peft_vision.loading import open_model
     from peft_vision.lookup import stems
@@ -68,7 +93,7 @@ def _opened(model: str, quantize: str | None) -> Any:
     from peft_vision.wrapping import wrap
 
     if quantize is None:
-        return open_model(model, pretrained=False)
+        return open_model(model, pretrained=weights)
     if find(quantize).stage is not Stage.QUANTIZE:
         raise BadSetting(f"{quantize} is no quantizer; possible: {', '.join(stems('quantizers'))}.")
     return wrap(open_model(model), quantize)

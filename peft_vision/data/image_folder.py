@@ -109,6 +109,24 @@ def read_folder(
     return LabeledImages(pictures, tuple(range(len(paths))), tuple(targets), names, str(folder))
 
 
+def read_unlabeled(folder: Path) -> LabeledImages:
+    """All images below a folder, however they are arranged; no label means anything.
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no data folder {folder}. A folder with images in it works.")
+    paths = tuple(_images(folder))
+    if not paths:
+        raise DataError(
+            f"{folder} has no images. Files ending in {', '.join(EXTENSIONS[:6])} count as images."
+        )
+    count = len(paths)
+    pictures = FolderPictures(folder, paths)
+    return LabeledImages(pictures, tuple(range(count)), (0,) * count, ("image",), str(folder))
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(
         (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")),

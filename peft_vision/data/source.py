@@ -88,6 +88,28 @@ def open_for_evaluation(settings: DataSettings) -> LabeledImages:
     return without_bad(data, settings.on_bad_image, settings.check)
 
 
+def open_for_calibration(name: str, count: int) -> LabeledImages:
+    """Images to look at without their labels: of the training split where there is one, else all.
+
+    Args:
+        name: a folder of images, arranged in any way, or another source as in a recipe.
+        count: at most so many, drawn by a fixed seed; unreadable ones are left out.
+
+    Raises:
+        DataError: there are none that can be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not hub.is_table_folder(path):
+        folders = image_folder.splits(path)
+        data = image_folder.read_unlabeled(folders.get("train", path))
+    else:
+        from peft_vision.data.settings import DataSettings  # loads pydantic
+
+        found = _splits_of(name, DataSettings(train=name), one_class=True)
+        data = _pick(found, None, (*hub.TRAIN_NAMES, "all", *hub.VALIDATION_NAMES), name)
+    return without_bad(limited(data, count, seed=0), "skip", "full")
+
+
 def _splits_of(
     name: str, settings: DataSettings, *, one_class: bool = False
 ) -> dict[str, LabeledImages]:

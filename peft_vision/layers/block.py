@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
@@ -53,7 +54,7 @@ def mlp_of(block: nn.Module, parts: BlockParts) -> nn.Module:
 class Halfway(NamedTuple):
     """A block after its attention: the stream B R C, what was added to it, and how it came about.
 
-    `added` and `attended` are None where the branch was removed.
+    `attended` is None where the branch was removed, and so is `added` where nothing is left of it.
     """
 
     x: Tensor
@@ -79,7 +80,7 @@ def attention_half(
     module = getattr(block, parts.attention)
     stays = x if rows is None else x[:, :rows]
     if isinstance(module, Absent):
-        return Halfway(module(stays), None, None)
+        return Halfway(module(stays), module.added(stays), None)
     normed = getattr(block, parts.norm1)(x)
     attended = branch_of(module, parts.attention_parts, normed, rope, rows=rows, key_bias=key_bias)
     added = _through(block, parts.after1, attended.branch)
@@ -87,12 +88,22 @@ def attention_half(
 
 
 def mlp_half(block: nn.Module, parts: BlockParts, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The stream with the MLP branch added, and what was added (None where it was removed)."""
+    """The stream with the MLP branch added, and what was added (None where nothing is left)."""
     module = getattr(block, parts.mlp)
     if isinstance(module, Absent):
-        return module(x), None
+        return module(x), module.added(x)
     added = _through(block, parts.after2, module(getattr(block, parts.norm2)(x)))
     return x + added, added
+
+
+def branch_scale(
+    block: nn.Module, parts: BlockParts, half: Literal["attention", "mlp"], width: int
+) -> Tensor:
+    """What a branch is multiplied by before it is added, D: LayerScale, or ones."""
+    names = parts.after1 if half == "attention" else parts.after2
+    device = next(block.parameters()).device
+    ones = torch.ones(1, 1, width, device=device)
+    return _through(block, names, ones).detach().flatten()
 
 
 def refuse_mask(parts: BlockParts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,8 +112,11 @@ def refuse_mask(parts: BlockParts, args: tuple[Any, ...], kwargs: dict[str, Any]
     Raises:
         UnsupportedSite: a mask was passed.
     """
-    masked = kwargs.get(parts.mask) is not None or (args and args[0] is not None)
-    if masked or kwargs.get("is_causal"):
+    given = [mask for mask in (kwargs.get(parts.mask), *args[:1]) if mask is not None]
+    if torch.compiler.is_exporting():
+        # transformers then makes a mask of True alone where none was given, to look at no number.
+        given = [mask for mask in given if mask.dtype is not torch.bool]
+    if given or kwargs.get("is_causal"):
         raise UnsupportedSite(
             "This model drops tokens inside and was called with an attention mask, which would not "
             "follow them. Call it without a mask."

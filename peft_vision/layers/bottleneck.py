@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.layers.gates import Gated
 from peft_vision.layers.mlp import OwnMlp
 from peft_vision.layers.ownership import matched
 from peft_vision.layers.readout import activation_of
@@ -84,8 +85,8 @@ class Beside(nn.Module):
 
 
 def inside(module: nn.Module) -> nn.Module:
-    """The module that bottlenecks, or an MLP of ours, stand at; any other module itself."""
-    while isinstance(module, Behind | Beside | OwnMlp):
+    """The module that bottlenecks, gates, or an MLP of ours, stand at; any other module itself."""
+    while isinstance(module, Behind | Beside | OwnMlp | Gated):
         module = module.inner
     return module
 
@@ -100,7 +101,7 @@ def around(module: nn.Module) -> nn.Module:
 def place_inside(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     """(owner, attribute) of the module that `inside` gives, reached from (owner, name)."""
     found = getattr(owner, name)
-    while isinstance(found, Behind | Beside | OwnMlp):
+    while isinstance(found, Behind | Beside | OwnMlp | Gated):
         owner, name, found = found, "inner", found.inner
     return owner, name
 

@@ -23,6 +23,14 @@ class Penalised(ABC):
         """A scalar, already weighted."""
 
 
+class Paced(ABC):
+    """A layer that changes with the passes of training."""
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Called once before each forward pass that is trained on; never in evaluation."""
+
+
 class Foldable(ABC):
     """A layer that can be folded into a plain one that computes the same."""
 

@@ -7,8 +7,7 @@ model re-entrant and exportable; a state shared between separate blocks would be
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,69 +25,24 @@ from peft_vision.layers.block import (
     refuse_mask,
 )
 from peft_vision.layers.prompts import Prompts, without
+from peft_vision.layers.reduction import InTurn, Reducer, Reduction, take, with_reducer
+from peft_vision.layers.traits import Paced
 from peft_vision.layers.votes import Half, Votes
 
 GONE = -1
 """Position of a token that stands for several patches."""
 
 
-class Reduction(NamedTuple):
-    """A stream with fewer tokens, and what became of those that were there.
-
-    Attributes:
-        x: B N' C, with the first `prefix` tokens as they were.
-        places: B K: for each patch token that goes on, which of the arriving ones it is; one that
-            stands for several is listed with the one whose position it takes.
-        carriers: B P: for each arriving patch token, which of the K carries it on; -1 for none. Its
-            own state is put back in the end where a model reads every patch.
-        sizes: B K: how many patches each stands for; None where tokens are dropped only.
-    """
-
-    x: Tensor
-    places: Tensor
-    carriers: Tensor
-    sizes: Tensor | None = None
-
-
-class Reducer(nn.Module, ABC):
-    """Decides which tokens go on after the attention of one block.
-
-    Attributes:
-        proportional: later attention counts a token that stands for several patches that often.
-    """
-
-    proportional = False
-
-    @abstractmethod
-    def forward(
-        self, x: Tensor, attended: Attended, prefix: int, sizes: Tensor | None
-    ) -> Reduction | None:
-        """Drop or merge tokens.
-
-        Args:
-            x: the stream, B N C; the first `prefix` tokens are never dropped.
-            attended: queries, keys and values of this block.
-            sizes: B (N - prefix): how many patches each stands for; None when one each.
-
-        Returns:
-            The shorter stream, or None when nothing is to be saved.
-        """
-
-    @property
-    @abstractmethod
-    def fused(self) -> int:
-        """How many of the last tokens stand for several patches, for drawings."""
-
-
 class Stream(NamedTuple):
     """What flows through the blocks of a Trunk in one forward pass.
 
     Attributes:
-        x: B N C. `sizes`: B P, see `Reduction`.
+        x: B N C. `sizes`: B P: how many patches each patch token stands for; None when one each.
         carriers: B P0: the token that carries each original patch now, -1 for none.
         idle: B P0 C: the last state of those that none carries.
         total: the sum of votes, if they are counted.
-        rope: rotary tables of the patches that are left.
+        attended: of a block before, where one that lost its attention chooses tokens by it.
+        rope: rotary tables of the patches that are left. `extra`: prompts in the sequence.
     """
 
     x: Tensor
@@ -98,6 +52,12 @@ class Stream(NamedTuple):
     total: Tensor | None = None
     rope: Any = None
     proportional: bool = False
+    extra: int = 0
+    attended: Attended | None = None
+
+
+Observer = Callable[[int, Half, Tensor, Tensor], None]
+"""(block, half, the stream behind that half, what the half added to it): both B N C."""
 
 
 class Trunk(nn.Module):
@@ -111,6 +71,8 @@ class Trunk(nn.Module):
             that carried it, or with its last own one.
         pooled: the last block is computed for this many first tokens only; None for all.
         votes: the result is the sum of scaled paths; None for the stream itself.
+        observer: is told what every branch adds. `given`: goes on behind the last block in the
+            place of what the blocks would make, so that what follows them can be asked alone.
     """
 
     def __init__(self, blocks: list[nn.Module], parts: BlockParts, prefix: int) -> None:
@@ -123,6 +85,8 @@ class Trunk(nn.Module):
         self.restore = False
         self.pooled: int | None = None
         self.votes: Votes | None = None
+        self.observer: Observer | None = None
+        self.given: Tensor | None = None
         self.checkpointing = False
 
     @property
@@ -140,7 +104,12 @@ class Trunk(nn.Module):
         first = min(prompts)
         for block in list(self.blocks)[first:] if name is not None else ():
             attention: nn.Module = attention_of(block, self.parts)
-            setattr(attention, str(name), getattr(attention, str(name)) + prompts[first].count)
+            if not isinstance(attention, Absent):
+                setattr(attention, str(name), getattr(attention, str(name)) + prompts[first].count)
+
+    def reduce(self, index: int, reducer: Reducer) -> None:
+        """Put a reducer into block `index`, behind what shortens the stream there already."""
+        self.reducers[str(index)] = with_reducer(self._reducer(index), reducer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The stream after all blocks.
@@ -149,66 +118,101 @@ class Trunk(nn.Module):
             UnsupportedSite: an attention mask was passed.
         """
         refuse_mask(self.parts, args, kwargs)
-        rope = kwargs.get(self.parts.rope) if self.parts.rope else None
-        total = None if self.votes is None else self.votes.begin(x)
-        stream, prompts, extra = Stream(x, total=total, rope=rope), dict(self.prompts.items()), 0
+        if self.given is not None:
+            return self.given
+        if self.training and torch.is_grad_enabled():
+            # Here, and not where a reducer is called: recomputing a block is not another pass.
+            for module in self.reducers.modules():
+                if isinstance(module, Paced):
+                    module.advance()
+        stream = self.enter(x, kwargs)
         for index in range(len(self.blocks)):
-            prompt = prompts.get(str(index))
-            if isinstance(prompt, Prompts):
-                x, extra = prompt(stream.x, self.prefix, extra), prompt.count
-                stream = stream._replace(x=x)
             if self.checkpointing and self.training:
-                stream = checkpoint(
-                    self._step, index, stream, extra, args, kwargs, use_reentrant=False
-                )
+                stream = checkpoint(self.step, index, stream, args, kwargs, use_reentrant=False)
             else:
-                stream = self._step(index, stream, extra, args, kwargs)
+                stream = self.step(index, stream, args, kwargs)
+            if self.votes is not None and stream.total is not None:
+                self.votes.passed(index, stream.total)
+        return self.leave(stream)
+
+    def enter(self, x: Tensor, kwargs: dict[str, Any]) -> Stream:
+        """What flows into the first block, from what the model calls its blocks with.
+
+        Raises:
+            UnsupportedSite: every token votes, and tokens leave on the way.
+        """
+        if self.votes is not None and self.votes.rows is None and len(self.reducers):
+            raise UnsupportedSite(
+                "Every token of this model votes in the result, and tokens that leave could not: "
+                "only a model that reads its class token alone can have both."
+            )
+        rope = kwargs.get(self.parts.rope) if self.parts.rope else None
+        return Stream(x, total=None if self.votes is None else self.votes.begin(x), rope=rope)
+
+    def leave(self, stream: Stream) -> Tensor:
+        """The sequence that the model goes on with behind the last block."""
         if stream.total is not None:
             return stream.total
         if self.pooled is not None:
             return stream.x
-        return self._restored(stream._replace(x=without(stream.x, self.prefix, extra)))
+        return self._restored(stream._replace(x=without(stream.x, self.prefix, stream.extra)))
 
-    def _step(
-        self,
-        index: int,
-        stream: Stream,
-        extra: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def step(
+        self, index: int, stream: Stream, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Stream:
+        """The stream behind block `index`; `args` and `kwargs` are those of the model's call."""
+        prompt = dict(self.prompts.items()).get(str(index))
+        if isinstance(prompt, Prompts):
+            x = prompt(stream.x, self.prefix, stream.extra)
+            stream = stream._replace(x=x, extra=prompt.count)
         block, reducer = self.blocks[index], self._reducer(index)
         rows = self.pooled if index == len(self.blocks) - 1 else None
-        untouched = stream.total is None and stream.carriers is None
-        if untouched and reducer is None and rows is None and not _cut(block, self.parts):
+        untouched = stream.total is None and stream.carriers is None and self.observer is None
+        opened = rows is not None or _cut(block, self.parts) or self._lends(index)
+        if untouched and reducer is None and not opened:
             return stream._replace(x=block(stream.x, *args, **kwargs))
-        prefix = self.prefix + extra
+        prefix = self.prefix + stream.extra
         half = attention_half(
             block, self.parts, stream.x, stream.rope, rows=rows, key_bias=_bias(stream, prefix)
         )
         stream = self._counted(stream._replace(x=half.x), index, "attention", half.added)
-        if reducer is not None and rows is None:
-            if half.attended is None:
-                raise UnsupportedSite(f"Block {index} has no attention to choose tokens by.")
-            reduction = reducer(stream.x, half.attended, prefix, stream.sizes)
-            stream = _reduced(stream, reduction, prefix, reducer.proportional, keep=self.restore)
+        # Where the attention was removed, the one before says whom to choose; where there is none
+        # either, or tokens have left since, every token goes on.
+        attended = half.attended or _still(stream.attended, stream.x)
+        if reducer is not None and rows is None and attended is not None:
+            reduction = reducer(stream.x, attended, prefix, stream.sizes)
+            stream = _reduced(stream, reduction, prefix, reducer, keep=self.restore)
         x, added = mlp_half(block, self.parts, stream.x)
-        return self._counted(stream._replace(x=x), index, "mlp", added)
+        stream = stream._replace(x=x, attended=attended if self._lends(index) else None)
+        return self._counted(stream, index, "mlp", added)
+
+    def _lends(self, index: int) -> bool:
+        """Whether a block right behind, which lost its attention, chooses tokens by this one's."""
+        for later in range(index + 1, len(self.blocks)):
+            if not isinstance(getattr(self.blocks[later], self.parts.attention), Absent):
+                return False
+            if self._reducer(later) is not None:
+                return True
+        return False
 
     def _reducer(self, index: int) -> Reducer | None:
         found = dict(self.reducers.items()).get(str(index))
         return found if isinstance(found, Reducer) else None
 
     def _counted(self, stream: Stream, index: int, half: Half, added: Tensor | None) -> Stream:
+        if added is not None and self.observer is not None:
+            self.observer(index, half, stream.x, added)
         if self.votes is None or stream.total is None or added is None:
             return stream
+        if self.votes.rows is None:  # prompts have no part in what the head reads
+            added = without(added, self.prefix, stream.extra)
         return stream._replace(total=self.votes.add(stream.total, index, half, added))
 
     def _restored(self, stream: Stream) -> Tensor:
         if not self.restore or stream.carriers is None:
             return stream.x
         first, patches = stream.x[:, : self.prefix], stream.x[:, self.prefix :]
-        carried = _take(patches, stream.carriers.clamp_min(0))
+        carried = take(patches, stream.carriers.clamp_min(0))
         if stream.idle is not None:
             carried = torch.where(stream.carriers.unsqueeze(-1) < 0, stream.idle, carried)
         return torch.cat([first, carried], dim=1)
@@ -219,6 +223,11 @@ def _cut(block: nn.Module, parts: BlockParts) -> bool:
     return any(isinstance(getattr(block, n), Absent) for n in (parts.attention, parts.mlp))
 
 
+def _still(attended: Attended | None, x: Tensor) -> Attended | None:
+    """An earlier block's attention, if the stream has the same tokens still."""
+    return attended if attended is not None and attended.k.shape[2] == x.shape[1] else None
+
+
 def _bias(stream: Stream, prefix: int) -> Tensor | None:
     """Log of how many patches each token stands for, B N, where attention counts that."""
     if stream.sizes is None or not stream.proportional:
@@ -227,21 +236,13 @@ def _bias(stream: Stream, prefix: int) -> Tensor | None:
 
 
 def _reduced(
-    stream: Stream, reduction: Reduction | None, prefix: int, proportional: bool, *, keep: bool
+    stream: Stream, reduction: Reduction | None, prefix: int, reducer: Reducer, *, keep: bool
 ) -> Stream:
     if reduction is None:
         return stream
-    before, carriers, idle = stream.carriers, reduction.carriers, stream.idle
+    carriers, idle = reduction.carriers, stream.idle
     if keep:
-        patches = stream.x[:, prefix:]
-        left = reduction.carriers
-        if before is not None:
-            there = before.clamp_min(0)
-            carriers = torch.where(before < 0, before, left.gather(1, there))
-            patches = _take(patches, there)
-        # The last state of what none carries from here on; what was idle before stays as it was.
-        gone = (carriers < 0) if before is None else (carriers < 0) & (before >= 0)
-        idle = patches if idle is None else torch.where(gone.unsqueeze(-1), patches, idle)
+        carriers, idle = _followed(stream, reduction, prefix, drops=reducer.drops)
     rope = None if stream.rope is None else take_positions(stream.rope, reduction.places)
     return stream._replace(
         x=reduction.x,
@@ -249,13 +250,29 @@ def _reduced(
         carriers=carriers,
         idle=idle,
         rope=rope,
-        proportional=stream.proportional or proportional,
+        proportional=stream.proportional or reducer.proportional,
     )
 
 
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Tokens of B N C at `places` (B K): B K C."""
-    return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def _followed(
+    stream: Stream, reduction: Reduction, prefix: int, *, drops: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Which token carries each original patch now, B P0, and the last states of the others.
+
+    Those, B P0 C, are what patches had when they left: what was idle before stays as it was.
+    """
+    patches, before, idle = stream.x[:, prefix:], stream.carriers, stream.idle
+    carriers = reduction.carriers
+    if before is not None:
+        there = before.clamp_min(0)
+        carriers = torch.where(before < 0, before, carriers.gather(1, there))
+        patches = take(patches, there) if drops else patches
+    if not drops:
+        return carriers, idle
+    if before is None or idle is None:
+        return carriers, patches
+    gone = (carriers < 0) & (before >= 0)
+    return carriers, torch.where(gone.unsqueeze(-1), patches, idle)
 
 
 def take_positions(rope: Any, places: Tensor) -> Any:
@@ -296,19 +313,20 @@ def kept_positions(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
         block index -> places of the original patches, B K, row by row from the top left; `GONE`
         marks a token that stands for several patches.
     """
-    seen: dict[int, tuple[Tensor, int]] = {}
+    seen: list[tuple[int, Tensor, int]] = []
     trunk = next((m for m in model.modules() if isinstance(m, Trunk)), None)
     if trunk is None:
         return {}
 
-    def note(index: int, reducer: nn.Module, reduction: Reduction | None) -> None:
+    def note(index: int, reducer: Reducer, reduction: Reduction | None) -> None:
         if reduction is not None:
-            fused = reducer.fused if isinstance(reducer, Reducer) else 0
-            seen[index] = (reduction.places, fused)
+            seen.append((index, reduction.places, reducer.fused))
 
     hooks = [
         reducer.register_forward_hook(lambda m, given, out, i=int(name): note(i, m, out))
-        for name, reducer in trunk.reducers.items()
+        for name, present in trunk.reducers.items()
+        for reducer in present.modules()
+        if isinstance(reducer, Reducer) and not isinstance(reducer, InTurn)
     ]
     was_training = model.training
     try:
@@ -320,11 +338,10 @@ def kept_positions(model: nn.Module, images: Tensor) -> dict[int, Tensor]:
     return _compose(seen)
 
 
-def _compose(seen: dict[int, tuple[Tensor, int]]) -> dict[int, Tensor]:
+def _compose(seen: list[tuple[int, Tensor, int]]) -> dict[int, Tensor]:
     result: dict[int, Tensor] = {}
     before: Tensor | None = None
-    for index in sorted(seen):
-        places, fused = seen[index]
+    for index, places, fused in seen:
         now = places if before is None else before.gather(1, places)
         if fused:
             now = torch.cat([now[:, :-fused], torch.full_like(now[:, -fused:], GONE)], dim=1)

@@ -1,8 +1,8 @@
 """Magnitude pruning of heads and hidden units: the baseline that others have to beat.
 
 The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a
-time, so that the model becomes physically smaller. Nothing is compensated; recover by
-fine-tuning.
+time, so that the model becomes physically smaller. With calibration images it is the loss of output
+that counts, once what stays has been fitted again, instead of the weights.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
+from peft_vision.errors import BadSetting
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
+from peft_vision.pruners._refit_scores import refit_scores
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Magnitude(Method):
     multiple: int = 8
     """Hidden units stay in multiples of this (1 to 256): kernels are much slower on odd widths."""
 
+    score: str = "auto"
+    """"weights": the norm of what belongs to a unit. "images": the least error of the block's
+    output without it. "auto": by images where there are some."""
+
     stage: ClassVar[Stage] = Stage.WIDTH
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
 
@@ -52,6 +58,8 @@ class Magnitude(Method):
         check_range("ratio", self.ratio, 0.0, 1.0)
         check_range("head_exponent", self.head_exponent, 1.0, 10.0)
         check_range("multiple", self.multiple, 1, 256)
+        if self.score not in ("auto", "weights", "images"):
+            raise BadSetting(f"score is {self.score!r}; auto, weights or images works.")
 
     @property
     def strength(self) -> float:
@@ -66,7 +74,9 @@ class Magnitude(Method):
                 continue
             backbone.require(kind)
             sites: Sequence[HeadsSite | HiddenSite] = getattr(backbone, kind)
-            scores = evidence.once(("magnitude", kind), partial(_scores, sites))
+            scores = evidence.once(
+                ("magnitude", kind, self.score), partial(self._scores, backbone, sites, evidence)
+            )
             group = int(self.multiple) if kind == "hidden" else 1
             share = strength if kind == "hidden" else strength**self.head_exponent
             for site, kept in zip(sites, _kept(scores, share, group), strict=True):
@@ -74,16 +84,21 @@ class Magnitude(Method):
                     decisions[site.key] = pack_indices(kept, of=site.count)
         return decisions
 
+    def _scores(
+        self, backbone: Backbone, sites: Sequence[HeadsSite | HiddenSite], evidence: Evidence
+    ) -> list[Tensor]:
+        if self.score == "images" and evidence.batches is None:
+            raise BadSetting("score is 'images', and no images were given: pass data.")
+        if self.score == "weights" or evidence.batches is None or backbone.tokens is None:
+            return [_score(site) for site in sites]
+        return refit_scores(backbone, sites, evidence.batches)
+
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Cut the members that go."""
         members: list[HeadsSite | HiddenSite] = [*backbone.heads, *backbone.hidden]
         sites = {site.key: site for site in members}
         for key, packed in decisions.items():
             sites[key].keep(unpack_indices(packed))
-
-
-def _scores(sites: Sequence[HeadsSite | HiddenSite]) -> list[Tensor]:
-    return [_score(site) for site in sites]
 
 
 def _score(site: HeadsSite | HiddenSite) -> Tensor:

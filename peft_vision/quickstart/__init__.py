@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.compressed import CompressedModel
-from peft_vision.compression import Result, compress
+from peft_vision.compression import compress
 from peft_vision.cost import Timing, time_on
 from peft_vision.data import demo
 from peft_vision.data.preprocessing import evaluation_transform
@@ -36,6 +36,7 @@ from peft_vision.quickstart.outcome import BUDGET, TIMED, Measured, Outcome
 from peft_vision.recipe import Recipe, load_recipe
 from peft_vision.recovery import recover
 from peft_vision.report import write_report
+from peft_vision.result import Result
 
 __all__ = ["Measured", "Outcome", "quickstart"]
 

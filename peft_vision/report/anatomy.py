@@ -18,6 +18,9 @@ from peft_vision.report.content import Block, Kept, Overlay, Stage
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+STAGES = 4
+"""Pictures of one image, where patches leave in many blocks."""
+
 
 def blocks_left(dense: nn.Module, compressed: nn.Module, images: Tensor) -> tuple[Block, ...]:
     """Heads, hidden units and tokens of each block that are left.
@@ -71,8 +74,8 @@ def overlays_of(
     found = []
     for number, title in enumerate(titles):
         stages = tuple(
-            Stage(f"after block {block + 1}", _places(kept[number]))
-            for block, kept in sorted(positions.items())
+            Stage(f"after block {block + 1}", _places(positions[block][number]))
+            for block in _some(sorted(positions))
         )
         found.append(Overlay(title, _picture(images[number], preprocessing), grid, stages))
     return tuple(found)
@@ -105,6 +108,12 @@ def _grid(model: nn.Module) -> tuple[int, int] | None:
         return None
     rows, columns = strides[0]
     return size[1] // rows, size[2] // columns
+
+
+def _some(blocks: list[int]) -> list[int]:
+    """At most STAGES of the blocks, evenly spread, the last among them."""
+    shown = min(len(blocks), STAGES)
+    return [blocks[len(blocks) * (i + 1) // shown - 1] for i in range(shown)]
 
 
 def _places(kept: Tensor) -> tuple[int, ...]:

@@ -72,11 +72,11 @@ class Reference(nn.Module):
     """Stands in for a model's list of blocks."""
 
     def __init__(
-        self, blocks: list[nn.Module], prefix: int, rates: dict[int, float], fuse: bool
+        self, blocks: list[nn.Module], prefix: int, rates: dict[int, float], fuse: bool, rows: int
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.prefix, self.rates, self.fuse = prefix, rates, fuse
+        self.prefix, self.rates, self.fuse, self.rows = prefix, rates, fuse, rows
         self.places: list[list[int]] = []
 
     @torch.no_grad()
@@ -110,7 +110,8 @@ class Reference(nn.Module):
             y = y * torch.sigmoid(attention.gate(normed))
         x = x + scaled(block, first_of(attention, "proj", "o_proj", "out_proj")(y), 1)
         if rate is not None:
-            x, places = self.reduce(x, attention_map.mean(0)[0, self.prefix :], places, rate)
+            scores = attention_map[:, : self.rows, self.prefix :].mean((0, 1))
+            x, places = self.reduce(x, scores, places, rate)
         normed = first_of(block, "layernorm_after", "layer_norm2", "norm2")(x)
         return x + scaled(block, block.mlp(normed), 2), places
 

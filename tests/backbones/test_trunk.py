@@ -77,7 +77,8 @@ def with_reference(model: nn.Module, keep_rate: float, fuse: bool) -> Reference:
     assert tokens is not None
     container = getattr(tokens.owner, tokens.attribute)
     rates = dict.fromkeys((1, 2, 3), keep_rate)
-    reference = Reference(list(container.children()), tokens.prefix, rates, fuse)
+    rows = tokens.class_tokens + tokens.distillation_tokens
+    reference = Reference(list(container.children()), tokens.prefix, rates, fuse, rows)
     inside = (reference,) if isinstance(container, nn.Sequential) else ([reference],)
     setattr(tokens.owner, tokens.attribute, type(container)(*inside))
     return reference
@@ -110,10 +111,14 @@ def test_tokens_leave_as_the_reference_says(name: str, fuse: bool, cut: bool) ->
 
 
 @pytest.mark.parametrize("name", [n for n in TRANSFORMERS if n not in CLASS_POOLED])
-def test_other_poolings_are_refused_by_name(name: str) -> None:
+def test_what_is_read_of_every_patch_is_there_again(name: str) -> None:
     model = build(name)
-    with pytest.raises(UnsupportedSite, match=rf"{type(model).__name__} (pools by|has no class)"):
-        reduce_tokens(model, 0.5)
+    x = images(model)
+    before = [t.shape for t in whole_output(model(x))]
+    backbone = reduce_tokens(model, 0.5)
+    assert backbone.tokens is not None
+    assert backbone.tokens.trunk().restore
+    assert [t.shape for t in whole_output(model(x))] == before
 
 
 @pytest.mark.parametrize("name", [*NO_TOKENS, "generic_cnn"])

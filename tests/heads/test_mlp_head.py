@@ -139,9 +139,15 @@ def test_dropped_tokens_leave_no_grid() -> None:
     model = pv.wrap(build("timm_vit"), "token_reorganization")
     with pytest.raises(UnsupportedSite, match="drops tokens"):
         pv.wrap(model, "mlp_head", readout="boxes")
-    dense = pv.wrap(build("timm_vit"), "mlp_head", readout="boxes")
-    with pytest.raises(UnsupportedSite, match="pools by none"):
-        pv.wrap(dense, "token_reorganization")
+
+
+def test_dropped_tokens_are_back_for_a_head_that_was_there() -> None:
+    dense = pv.wrap(build("timm_vit"), "mlp_head", readout="masks", outputs=2)
+    x = images(unwrap(dense))
+    before = dense.eval()(x)
+    reduced = pv.wrap(dense, "token_reorganization").eval()(x)
+    assert reduced.shape == before.shape
+    assert not torch.equal(reduced, before)
 
 
 def test_the_projection_is_trained_saved_and_dropped_by_merging(tmp_path: Path) -> None:

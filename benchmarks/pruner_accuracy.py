@@ -1,0 +1,170 @@
+"""Accuracy of pruners at equal cost, on real images: training-free, and after the same recovery.
+
+The dense models are those of the recipe classification/fashion_mnist-lora, one folder per seed; the
+images are the folder that benchmarks.fashion_mnist writes.
+
+    python -m benchmarks.pruner_accuracy data/fashion out/fashion0 out/fashion1 out/fashion2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_vision as pv
+from peft_vision.data import preprocessing
+from peft_vision.data.image_set import ImageSet
+from peft_vision.data.images import limited
+from peft_vision.data.settings import Augmentation, DataSettings
+from peft_vision.data.source import Split, open_split
+from peft_vision.errors import BudgetUnreachable
+from peft_vision.recovery import recover
+from peft_vision.training.settings import TrainSettings
+
+TARGET = Path(__file__).with_suffix(".json")
+RATIOS = (0.8, 0.65, 0.5)
+TRAINED, TESTED, CALIBRATED, EPOCHS = 1000, 1000, 512, 1
+RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "`magnitude`, weights alone": ("magnitude", {"free": False}),
+    "`magnitude`": ("magnitude", {}),
+    "`token_reorganization`": ("token_reorganization", {}),
+    "`token_merging`": ("token_merging", {}),
+    "`magnitude,token_merging`": (["magnitude", "token_merging"], {}),
+    "`path_pruning`": ("path_pruning", {}),
+    "`vib`": ("vib", {}),
+}
+
+
+def tensors(data: Any, described: Any, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """`count` images, prepared, and their labels."""
+    drawn = ImageSet(limited(data, count, seed), preprocessing.evaluation_transform(described))
+    samples = [drawn[i] for i in range(len(drawn))]
+    pixels = torch.stack([sample["pixel_values"] for sample in samples])
+    return pixels, torch.tensor([sample["labels"] for sample in samples])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    """Share of right answers."""
+    model.eval()
+    answers = torch.cat([model(x).argmax(1) for x in pixels.split(100)])
+    return float((answers == labels).float().mean())
+
+
+def run(folder: str, data: str, name: str, ratio: float | None, seed: int) -> dict[str, Any]:
+    """One cell: compress, count, evaluate, recover, evaluate."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    dense = pv.load(folder)
+    described = dense.history.preprocessing
+    split = open_split(DataSettings(train=data, check="none"), seed)
+    pixels, labels = tensors(split.validation, described, TESTED)
+    found = {"name": name, "ratio": ratio, "seed": seed, "n": len(labels)}
+    if name == "dense":
+        return {**found, "free": accuracy(pv.merge(dense), pixels, labels)}
+    methods, how = RUNS[name]
+    images = tensors(split.train, described, CALIBRATED, seed)[0].split(64)
+    given = images if how.get("free", True) else None
+    try:
+        result = pv.compress(dense, target_flops=ratio, methods=methods, data=given)
+    except BudgetUnreachable as error:
+        return {**found, "refused": str(error)}
+    free = accuracy(result.model, pixels, labels)
+    part = Split(limited(split.train, TRAINED, seed), limited(split.validation, 100, 0))
+    settings = TrainSettings(
+        epochs=EPOCHS,
+        batch_size=32,
+        learning_rate=2e-4,
+        weight_decay=0.0,
+        loggers=[],
+        progress=False,
+        precision="fp32",
+        evaluate_every=100_000,
+    )
+    mirrored = Augmentation(flip=0.5, crop=1.0)
+    recover(
+        result.model, pv.merge(dense), part, settings=settings, seed=seed, augmentation=mirrored
+    )
+    return {
+        **found,
+        "got": result.ratio,
+        "seconds": result.seconds,
+        "free": free,
+        "recovered": accuracy(result.model, pixels, labels),
+        "notes": result.notes,
+    }
+
+
+def rows(cells: list[dict[str, Any]]) -> list[list[str]]:
+    """One line per method: training-free / recovered accuracy at each ratio, means over seeds."""
+    lines = []
+    for name in ("dense", *RUNS):
+        line = [name]
+        for ratio in RATIOS:
+            found = [c for c in cells if c["name"] == name and c["ratio"] in (ratio, None)]
+            free = [100 * c["free"] for c in found if "free" in c]
+            after = [100 * c["recovered"] for c in found if "recovered" in c]
+            line.append(" / ".join(shown(values) for values in (free, after) if values) or "-")
+        lines.append(line)
+    return lines
+
+
+def shown(values: list[float]) -> str:
+    """Mean and, of several seeds, the standard deviation."""
+    middle = sum(values) / len(values)
+    if len(values) < 2:
+        return f"{middle:.1f}"
+    spread = (sum((v - middle) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    return f"{middle:.1f} ({spread:.1f})"
+
+
+def main() -> None:
+    """Run every cell and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=list(RUNS))
+    parser.add_argument("--output", type=Path, default=TARGET)
+    asked = parser.parse_args()
+    wanted: list[tuple[str, float | None]] = [("dense", None)]
+    wanted += [(name, ratio) for ratio in reversed(RATIOS) for name in asked.only]
+    cells: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(run, folder, asked.data, name, ratio, seed)
+            for seed, folder in enumerate(asked.folders)
+            for name, ratio in wanted
+        ]
+        for job in jobs:
+            cells.append(job.result())
+            print(cells[-1], flush=True)
+            write(cells, asked.output, len(asked.folders))
+
+
+def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:
+    """The figures so far."""
+    content = {
+        "columns": ["", *[f"{ratio:g} of the MACs" for ratio in RATIOS]],
+        "rows": rows(cells),
+        "note": f"Fashion-MNIST, 84 px, {TESTED} test images, {seeds} seeds (deviation in "
+        "brackets): top-1 in %, training-free / after "
+        f"{EPOCHS} epoch on {TRAINED} images with distillation",
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "timm")},
+        "cells": cells,
+    }
+    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""How fast pruned models are beside the dense one: DeiT-S in float32, in turns, in one process.
+
+Weights are random: the time does not depend on them. What only masks is not here; it takes the time
+of the dense model.
+
+    python -m benchmarks.pruner_speed
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+import peft_vision as pv
+from peft_vision.cost import time_on, unwrap
+
+NAME, BATCH, ROUNDS = "deit_small_patch16_224", 16, 15
+TARGET = Path(__file__).with_suffix(".json")
+
+WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "`pooled_last_block`": ("pooled_last_block", {}),
+    "`token_reorganization` 0.7": ("token_reorganization", {"keep_rate": 0.7}),
+    "`token_reorganization` 0.5": ("token_reorganization", {"keep_rate": 0.5}),
+}
+COMPRESSED: dict[str, tuple[float, list[str]]] = {
+    "`token_merging` to 0.66": (0.66, ["token_merging"]),
+    "`token_merging` to 0.5": (0.5, ["token_merging"]),
+    "`magnitude` to 0.5": (0.5, ["magnitude"]),
+    "`path_pruning` to 0.5": (0.5, ["path_pruning"]),
+    "`magnitude,token_merging` to 0.4": (0.4, ["magnitude", "token_merging"]),
+}
+
+
+def models() -> dict[str, torch.nn.Module]:
+    """The dense model and everything that is made of it."""
+    torch.manual_seed(0)
+    dense = timm.create_model(NAME).eval()
+    found: dict[str, torch.nn.Module] = {"dense": dense}
+    for label, (method, settings) in WRAPPED.items():
+        copy = timm.create_model(NAME).eval()
+        found[label] = unwrap(pv.wrap(copy, method, **settings)).eval()
+    for label, (ratio, methods) in COMPRESSED.items():
+        found[label] = unwrap(pv.compress(dense, target_flops=ratio, methods=methods).model).eval()
+    return found
+
+
+def main() -> None:
+    """Time everything in turns and write the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    all_of_them = {label: model.to(asked.device) for label, model in models().items()}
+    images = torch.randn(BATCH, 3, 224, 224, device=asked.device)
+    times = time_on(all_of_them, images, rounds=asked.rounds)
+    dense, macs = times["dense"].milliseconds, pv.measure(all_of_them["dense"]).flops
+    rows = []
+    for label, timing in times.items():
+        ratios = [was / now for was, now in zip(dense, timing.milliseconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        share = pv.measure(all_of_them[label]).flops / macs
+        rows.append([label, f"{share:.3f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"])
+        print(rows[-1], flush=True)
+    content = {
+        "columns": ["", "of the MACs", "speed-up, median", "quartiles"],
+        "rows": rows[1:],
+        "note": f"{NAME}, float32, batch {BATCH}, {asked.threads} threads, {asked.rounds} rounds",
+        "machine": platform.machine() if asked.device == "cpu" else torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "timm")},
+        "seed": 0,
+    }
+    TARGET.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

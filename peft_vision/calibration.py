@@ -1,0 +1,190 @@
+"""Calibration images on their way through a model, block by block, and what they tell of a layer.
+
+No labels are needed. Sums are kept in float64, for they are inverted later; the products of one
+batch are taken in the images' own precision, float32 at least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.backbones.sites import Backbone, device_of
+from peft_vision.errors import BadSetting
+from peft_vision.layers.trunk import Trunk, blocks_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Note = Callable[[int, Tensor, Tensor], None]
+"""(number of the layer, its input, its output)"""
+
+
+@dataclass
+class Moments:
+    """Count, mean and covariance of vectors of width F, gathered batch by batch.
+
+    Attributes:
+        count: vectors seen. `total`: their sum, F. `square`: sum of their outer products, F F.
+    """
+
+    count: int
+    total: Tensor
+    square: Tensor
+
+    @classmethod
+    def of_width(cls, width: int) -> Moments:
+        """Nothing seen yet."""
+        zero = torch.zeros(width, dtype=torch.float64)
+        return cls(0, zero, torch.zeros(width, width, dtype=torch.float64))
+
+    def add(self, values: Tensor) -> None:
+        """Take in vectors: ... F."""
+        flat = rows_of(values)
+        self.count += flat.shape[0]
+        self.total += flat.sum(0, dtype=torch.float64).cpu()
+        self.square += (flat.t() @ flat).double().cpu()
+
+    @property
+    def mean(self) -> Tensor:
+        """F."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """Mean outer product, F F."""
+        return self.square / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """F F."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """Vectors one below the other, in float32 or wider: ... F -> M F."""
+    flat = values.detach().flatten(0, -2)
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+class _Entered(Exception):
+    """The images have reached the blocks."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_given, self.kwargs_given = args, kwargs
+
+
+class Walk:
+    """Images inside a model, before its block number `index`.
+
+    The model's weights may change on the way: blocks ahead see what the blocks behind make of the
+    images now.
+
+    Args:
+        backbone: a transformer whose blocks can be run from their parts.
+        batches: images B 3 H W, or (images, labels) pairs.
+
+    Raises:
+        UnsupportedSite: the model has no such blocks. BadSetting: there is no image.
+    """
+
+    def __init__(self, backbone: Backbone, batches: Iterable[Any]) -> None:
+        backbone.require("tokens")
+        site = backbone.tokens
+        assert site is not None
+        self.model, self.index = backbone.model, 0
+        container: nn.Module = getattr(site.owner, site.attribute)
+        blocks = [block for _, _, block in blocks_in(container)]
+        present = site.trunk_if_any()
+        self.trunk = present or Trunk(blocks, site.parts, site.prefix)
+        self.trunk.train(backbone.model.training)  # a trunk of our own starts in training mode
+        entered = [self._enter(present or blocks[0], images_of(batch)) for batch in batches]
+        if not entered:
+            raise BadSetting("The data gave no batch. An iterable of (images, labels) works.")
+        self.given = [(args[1:], kwargs) for args, kwargs in entered]
+        self.streams = [self.trunk.enter(args[0], kwargs) for args, kwargs in entered]
+
+    @torch.no_grad()
+    def _enter(self, first: nn.Module, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Entered(args, kwargs)
+
+        handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+        parameter = next(self.model.parameters())
+        try:
+            self.model(images.to(device_of(self.model), parameter.dtype))
+        except _Entered as entered:
+            return entered.args_given, entered.kwargs_given
+        finally:
+            handle.remove()
+        raise BadSetting("The images never reached the model's blocks.")
+
+    @property
+    def block(self) -> nn.Module:
+        """The block that comes next."""
+        return self.trunk.blocks[self.index]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Run the next block; the images stay where they are."""
+        for stream, (args, kwargs) in zip(self.streams, self.given, strict=True):
+            self.trunk.step(self.index, stream, args, kwargs)
+
+    def watch(self, layers: Sequence[nn.Module], note: Note) -> None:
+        """Run the next block, calling `note` for each layer; the images stay where they are."""
+        with noting(layers, note):
+            self.run()
+
+    def moments(self, *layers: nn.Module) -> list[Moments | None]:
+        """Of the inputs of layers of the next block; None for one that was not called."""
+        found: list[Moments | None] = [None] * len(layers)
+
+        def note(number: int, arriving: Tensor, _: Tensor) -> None:
+            known = found[number] or Moments.of_width(arriving.shape[-1])
+            known.add(arriving)
+            found[number] = known
+
+        self.watch(layers, note)
+        return found
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Take the images through the next block."""
+        self.streams = [
+            self.trunk.step(self.index, stream, args, kwargs)
+            for stream, (args, kwargs) in zip(self.streams, self.given, strict=True)
+        ]
+        self.index += 1
+
+
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch: itself, or the first of a pair."""
+    images = batch[0] if isinstance(batch, list | tuple) else batch
+    if isinstance(images, dict):
+        images = images["pixel_values"]
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        raise BadSetting(
+            f"The data gave a batch of {type(images).__name__}; batches of (images B 3 H W, labels "
+            "B) work."
+        )
+    return images
+
+
+@contextmanager
+def noting(layers: Sequence[nn.Module], note: Note) -> Iterator[None]:
+    """Call `note` whenever one of the layers is called."""
+    handles = [
+        layer.register_forward_hook(lambda _, given, out, n=number: note(n, given[0], out))
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,262 @@
+"""Compensation: what stays takes over what went, as far as it can be predicted from it.
+
+Where heads or hidden units leave a block, the linear that reads them is fitted again, in closed
+form, on calibration images (CORP; SparseGPT and others do the same for single weights). Blocks are
+done from first to last on the prefix that is already pruned. Only the values of weights change;
+nothing of it is in the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peft_vision.applying import in_order
+from peft_vision.backbones import view
+from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
+from peft_vision.calibration import Moments, Walk, noting, rows_of
+from peft_vision.errors import BadSetting
+from peft_vision.layers.absent import Absent
+from peft_vision.layers.linear_mlp import LinearMlp
+from peft_vision.layers.votes import Half
+from peft_vision.method import Method
+from peft_vision.plan import Decisions
+
+How = Literal["none", "mean", "ridge"]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How a linear takes over what its lost inputs contributed.
+
+    Attributes:
+        how: "none"; "mean": their mean joins the bias; "ridge": the rest predicts them linearly.
+        ridge: added to the diagonal of the covariance, relative to its mean, above 0.
+    """
+
+    how: How = "ridge"
+    ridge: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.how not in ("none", "mean", "ridge"):
+            raise BadSetting(f"compensation is {self.how!r}; none, mean or ridge works.")
+        if not self.ridge > 0:
+            raise BadSetting(f"ridge is {self.ridge!r}; it has to be above 0.")
+
+
+@dataclass
+class _Fit:
+    """Sums of what a linear reads now (x, B N F) and of what its output lacks (r, B N D)."""
+
+    moments: Moments
+    lack: Tensor
+    cross: Tensor
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        lacking = rows_of(r)
+        self.moments.add(x)
+        self.lack += lacking.sum(0, dtype=torch.float64).cpu()
+        self.cross += (lacking.t() @ rows_of(x)).double().cpu()
+
+    def solve(self, ridge: float | None, *, centered: bool) -> tuple[Tensor, Tensor]:
+        """The correction of the weight (D F), and of the bias (D)."""
+        seen = self.moments
+        mean, lack = seen.mean, self.lack / seen.count
+        if ridge is None:
+            return torch.zeros_like(self.cross), lack
+        spread, both = seen.second, self.cross / seen.count
+        if centered:
+            spread, both = seen.covariance, both - torch.outer(lack, mean)
+        scale = spread.diagonal().mean().clamp_min(1e-30)
+        eye = torch.eye(len(mean), dtype=torch.float64)
+        weight = torch.linalg.solve(spread + ridge * scale * eye, both.t()).t()
+        return weight, lack - weight @ mean
+
+
+Member = HeadsSite | HiddenSite
+
+
+def apply_compensated(
+    model: nn.Module,
+    methods: Sequence[Method],
+    decisions: Sequence[Decisions],
+    batches: Iterable[Any],
+    how: Compensation,
+) -> list[Decisions]:
+    """Apply each method's decisions, in place and in order, and fit what stays.
+
+    Args:
+        model: a plain model.
+        batches: images B 3 H W, or (images, labels) pairs; labels are not looked at.
+
+    Returns:
+        What was carried out: without decisions on what an earlier method removed.
+
+    Raises:
+        UnsupportedSite: as `Method.apply`.
+    """
+
+    def carry_out(method: Method, decided: Decisions) -> None:
+        backbone = view(model)
+        per_block = _by_block(backbone, decided) if how.how != "none" and backbone.tokens else {}
+        if per_block:
+            _walk(model, method, decided, per_block, Walk(backbone, batches), how)
+        done = {key for keys in per_block.values() for key in keys}
+        rest = {key: value for key, value in decided.items() if key not in done}
+        if rest:
+            method.apply(view(model), rest)
+
+    return in_order(model, methods, decisions, carry_out)
+
+
+def _by_block(backbone: Backbone, decided: Decisions) -> dict[int, list[str]]:
+    """Block -> keys of the decisions whose loss can be made up for, attention first."""
+    found: dict[int, list[str]] = {}
+    cut = {site.key: site.block for site in _members(backbone)}
+    whole = {f"{s.key}.{half}": s.index for s in backbone.blocks for half in ("attention", "mlp")}
+    for key, decision in decided.items():
+        fitted = isinstance(decision, dict) and ("absent" in decision or "linear" in decision)
+        if key in cut or (key in whole and fitted):
+            found.setdefault(cut[key] if key in cut else whole[key], []).append(key)
+    for keys in found.values():
+        keys.sort(key=lambda key: key.rpartition(".")[2] not in ("heads", "attention"))
+    return found
+
+
+def _walk(
+    model: nn.Module,
+    method: Method,
+    decided: Decisions,
+    per_block: dict[int, list[str]],
+    walk: Walk,
+    how: Compensation,
+) -> None:
+    last = max(per_block)
+    for index in range(last + 1):
+        for key in per_block.get(index, ()):
+            one = {key: decided[key]}
+            site = _member(model, key)
+            if site is None:
+                half: Half = "attention" if key.endswith(".attention") else "mlp"
+                branch = _branch(walk, half)
+                method.apply(view(model), one)
+                _fit_branch(walk, half, branch, how)
+                continue
+            seen = _look(walk, site)
+            method.apply(view(model), one)
+            again = _member(model, key)
+            if again is not None:
+                _fit(walk, again, seen, how)
+        if index < last:
+            walk.advance()
+
+
+@dataclass
+class _Branch:
+    """What a block's MLP read and gave, M D each, and what a branch added to the stream, B N D."""
+
+    read: list[Tensor]
+    gave: list[Tensor]
+    added: list[Tensor]
+
+
+def _branch(walk: Walk, half: Half) -> _Branch:
+    branch = _Branch([], [], [])
+
+    def observe(_: int, which: Half, __: Tensor, added: Tensor) -> None:
+        if which == half:
+            branch.added.append(added.detach())
+
+    def note(_: int, arriving: Tensor, leaving: Tensor) -> None:
+        branch.read.append(rows_of(arriving))
+        branch.gave.append(rows_of(leaving))
+
+    walk.trunk.observer = observe
+    try:
+        walk.watch([getattr(walk.block, walk.trunk.parts.mlp)], note)
+    finally:
+        walk.trunk.observer = None
+    return branch
+
+
+def _fit_branch(walk: Walk, half: Half, branch: _Branch, how: Compensation) -> None:
+    """The mean of a branch that went, or the best linear map in place of an MLP."""
+    parts = walk.trunk.parts
+    module = getattr(walk.block, parts.attention if half == "attention" else parts.mlp)
+    if isinstance(module, Absent):
+        module.fit(torch.cat(branch.added))
+    elif isinstance(module, LinearMlp):
+        module.fit(torch.cat(branch.read), torch.cat(branch.gave), ridge=how.ridge)
+
+
+@dataclass
+class _Seen:
+    """What a site's linear gave before the cut, and what arrived at the site's module."""
+
+    wanted: list[Tensor]
+    arrived: list[Tensor]
+
+
+def _members(backbone: Backbone) -> list[Member]:
+    return [*backbone.heads, *backbone.hidden]
+
+
+def _member(model: nn.Module, key: str) -> Member | None:
+    return next((site for site in _members(view(model)) if site.key == key), None)
+
+
+def _consumer(site: Member) -> nn.Module:
+    """The linear that reads the members of a site."""
+    if isinstance(site, HeadsSite):
+        found: nn.Module = getattr(site.attention, site.parts.out)
+    else:
+        found = getattr(site.mlp, site.parts.down)
+    return found
+
+
+def _look(walk: Walk, site: Member) -> _Seen:
+    seen = _Seen([], [])
+
+    def note(number: int, arriving: Tensor, leaving: Tensor) -> None:
+        if number:
+            seen.wanted.append(leaving.detach())
+        else:
+            seen.arrived.append(arriving.detach())
+
+    branch = site.mlp if isinstance(site, HiddenSite) else _consumer(site)
+    walk.watch([branch, _consumer(site)], note)
+    return seen
+
+
+def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
+    """Correct a plain linear so that it gives what it gave before, as far as it can."""
+    layer = _consumer(site)
+    if type(layer) is not nn.Linear:
+        return
+    weight, bias = layer.weight, layer.bias
+    shape = (weight.shape[0], weight.shape[1])
+    sums = _Fit(
+        Moments.of_width(shape[1]),
+        torch.zeros(shape[0], dtype=torch.float64),
+        torch.zeros(shape, dtype=torch.float64),
+    )
+    left = iter(seen.wanted)
+    with noting([layer], lambda _, x, out: sums.add(x, next(left) - out)), torch.no_grad():
+        if isinstance(site, HiddenSite):  # its module alone, on what arrived there
+            for arrived in seen.arrived:
+                site.mlp(arrived)
+        else:
+            walk.run()
+    if sums.moments.count == 0 or (how.how == "mean" and bias is None):
+        return
+    ridge = how.ridge if how.how == "ridge" else None
+    more, shift = sums.solve(ridge, centered=bias is not None)
+    with torch.no_grad():
+        weight.add_(more.to(weight))
+        if bias is not None:
+            bias.add_(shift.to(bias))

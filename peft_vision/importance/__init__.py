@@ -1,0 +1,172 @@
+"""How much each attention head matters: one score per file, found by its stem.
+
+A file defines `score(backbone, batches, ...) -> Tensor` of L blocks x H heads, float64; higher
+means keep, NaN stands where a block has no such head. Images need no labels. Scores are compared
+and averaged by rank, heads among heads only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peft_vision.backbones import view
+from peft_vision.backbones.sites import Backbone
+from peft_vision.calibration import images_of
+from peft_vision.cost import input_size, unwrap
+from peft_vision.data import preprocessing
+from peft_vision.data.image_set import batches_of
+from peft_vision.data.source import open_for_calibration
+from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.history import History
+from peft_vision.importance._agreement import kendall, mean_rank
+from peft_vision.lookup import stems, unknown
+
+__all__ = ["Importance", "find", "kendall", "mean_rank", "names", "scores"]
+
+FOLDER = "importance"
+TRUTH = "leave_one_out"
+"""The score that the others try to guess."""
+
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of a model's heads.
+
+    Attributes:
+        scores: name -> L H in float64, higher = keep, NaN where there is no head.
+        notes: which scores were left out, and why.
+        images: how many were looked at.
+    """
+
+    scores: dict[str, Tensor]
+    images: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rank(self) -> Tensor:
+        """Mean rank over the scores, L H in [0, 1]; 1 = keep first."""
+        return mean_rank(self.scores)
+
+    def agreement(self) -> dict[str, float]:
+        """Kendall's tau of each score with the truth; empty where that was not computed."""
+        if TRUTH not in self.scores:
+            return {}
+        return {name: kendall(s, self.scores[TRUTH]) for name, s in self.scores.items()}
+
+    def lowest(self, count: int) -> list[tuple[int, int]]:
+        """The `count` heads of lowest mean rank, as (block, head), the lowest first.
+
+        The highest head of each block is not among them: a block keeps one.
+        """
+        rank = self.rank
+        best = {block: int(row.nan_to_num(-1.0).argmax()) for block, row in enumerate(rank)}
+        places = [
+            (float(value), block, head)
+            for block, row in enumerate(rank)
+            for head, value in enumerate(row)
+            if not bool(value.isnan()) and best[block] != head
+        ]
+        return [(block, head) for _, block, head in sorted(places)[:count]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; null where there is no head."""
+        return {
+            "images": self.images,
+            "scores": {name: _listed(score) for name, score in self.scores.items()},
+            "mean_rank": _listed(self.rank),
+            "kendall": {n: _number(tau) for n, tau in self.agreement().items()},
+            "notes": self.notes,
+        }
+
+
+def names() -> list[str]:
+    """Every score there is, sorted."""
+    return list(stems(FOLDER))
+
+
+def find(name: str) -> Score:
+    """A score by name; only its own file is imported.
+
+    Raises:
+        UnknownName: there is no such score; the message offers the nearest.
+    """
+    if name not in stems(FOLDER):
+        raise unknown("score", name, names())
+    score: Score = importlib.import_module(f"{__name__}.{name}").score
+    return score
+
+
+def scores(
+    model: nn.Module,
+    data: str | Path | Iterable[Any],
+    which: Sequence[str] | None = None,
+    *,
+    images: int = 64,
+) -> Importance:
+    """Score the heads of a model.
+
+    Args:
+        model: plain, adapted or compressed; it is left as it is.
+        data: a folder of images, or batches of images B 3 H W or of (images, labels); labels are
+            not read.
+        which: names of scores; None: all that can be computed for this model.
+        images: at most so many are drawn from a folder.
+
+    Raises:
+        UnknownName: there is no such score.
+        UnsupportedSite: the model has no heads; or a score that was named cannot be computed.
+        DataError, BadSetting: there are no images.
+    """
+    history, plain = History.of(model), unwrap(model)
+    wanted = {name: find(name) for name in (names() if which is None else which)}
+    if not wanted:
+        raise BadSetting(f"No score was named. Possible: {', '.join(names())}.")
+    backbone = view(plain)
+    backbone.require("heads")
+    held = _held(data, plain, history, images)
+    found, notes = {}, []
+    for name, score in wanted.items():
+        result = _tried(score, backbone, held)
+        if isinstance(result, Tensor):
+            found[name] = result
+        elif which is not None:
+            raise result
+        else:
+            notes.append(f"{name} was left out: {result}")
+    return Importance(found, sum(len(images_of(batch)) for batch in held), notes)
+
+
+def _tried(score: Score, backbone: Backbone, batches: list[Any]) -> Tensor | UnsupportedSite:
+    try:
+        return score(backbone, batches)
+    except UnsupportedSite as error:
+        return error
+
+
+def _held(
+    data: str | Path | Iterable[Any], plain: nn.Module, history: History, count: int
+) -> list[Any]:
+    if not isinstance(data, str | Path):
+        return list(data)
+    if count < 1:
+        raise BadSetting(f"images is {count}; 1 or more works.")
+    described = history.preprocessing or preprocessing.of_model(plain, "", input_size(plain)[1])
+    transform = preprocessing.evaluation_transform(described)
+    return list(batches_of(open_for_calibration(str(data), count), transform, count))
+
+
+def _listed(score: Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in score.tolist()]
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
