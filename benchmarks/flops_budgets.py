@@ -63,19 +63,30 @@ def closed_form(backbone: Backbone) -> int:
     total = patches * d * patch.in_channels * patch.kernel_size[0] * patch.kernel_size[1]
     trunk = tokens.trunk_if_any()
     for heads, hidden in zip(backbone.heads, backbone.hidden, strict=True):
-        before, prefix = patches, tokens.prefix
+        n = patches + tokens.prefix
         a = heads.count * int(getattr(heads.attention, heads.parts.head_dim))
-        n = before + prefix
-        total += 4 * n * d * a + 2 * n * n * a
+        last = trunk is not None and heads.block == len(backbone.blocks) - 1
+        rows = trunk.pooled if last and trunk is not None and trunk.pooled else n
+        total += 2 * (n + rows) * d * a + 2 * rows * n * a
         reducer = dict(trunk.reducers.items()).get(str(heads.block)) if trunk else None
-        if reducer is not None:
-            kept = max(1, math.ceil(float(reducer.keep_rate) * before - 1e-9))  # type: ignore[arg-type]
-            if kept + int(bool(reducer.fuse)) < before:
-                total += n * a + (before * d if reducer.fuse else 0)
-                patches = kept + int(bool(reducer.fuse))
+        if reducer is not None and rows == n:
+            more, patches = reduced(reducer, patches, tokens.prefix, a, d)
+            total += more
         gated = len(hidden.parts.up) * hidden.parts.packed
-        total += (patches + prefix) * d * hidden.count * (gated + 1)
+        rows = patches + tokens.prefix if rows == n else rows
+        total += rows * d * hidden.count * (gated + 1)
+    if trunk is not None and trunk.restore:
+        patches = (height // patch.kernel_size[0]) * (width // patch.kernel_size[1])
     return total + pooling(backbone, patches, d)
+
+
+def reduced(reducer: Any, before: int, prefix: int, a: int, d: int) -> tuple[int, int]:
+    """What choosing and fusing costs in a block, and how many patches are left."""
+    kept = max(1, math.ceil(float(reducer.keep_rate) * before - 1e-9))
+    if kept + int(reducer.fuse) >= before:
+        return 0, before
+    asked = max(1, reducer.rows) * (before + prefix) * a
+    return asked + (before * d if reducer.fuse else 0), kept + int(reducer.fuse)
 
 
 def pooling(backbone: Backbone, patches: int, d: int) -> int:

@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight_norm": ("weight_norm", {}),
 }
 REMOVED = (0.25, 0.5)
+DRAWS = 8
 
 
 def ablated(x: Tensor, mean: Tensor, heads: list[int], width: int) -> Tensor:
@@ -95,6 +96,17 @@ def row(
     }
 
 
+def at_random(
+    shape: torch.Size, damage: Callable[[list[tuple[int, int]]], float]
+) -> dict[str, Any]:
+    """What scores that are drawn do, on average over the draws."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.rand(shape, generator=generator, dtype=torch.float64) for _ in range(DRAWS)]
+    lost = [row(score, score, damage)["kl"] for score in drawn]
+    kl = {share: sum(one[share] for one in lost) / DRAWS for share in lost[0]}
+    return {"kendall": None, "kl": kl}
+
+
 def main() -> None:
     """Write the figures beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -123,7 +135,7 @@ def main() -> None:
         print(name, rows[name], flush=True)
     votes = Importance({name: scores[name] for name in names()}, 0).rank
     rows["mean rank of all, as they are by default"] = row(votes, truth, damage)
-    rows["random"] = row(torch.rand(votes.shape, dtype=torch.float64), truth, damage)
+    rows[f"random, mean of {DRAWS}"] = at_random(votes.shape, damage)
     content = {
         "model": f"{type(backbone.model).__name__}, {len(backbone.heads)} blocks, "
         f"{sum(site.count for site in backbone.heads)} heads",

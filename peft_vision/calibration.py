@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, device_of
 from peft_vision.errors import BadSetting
-from peft_vision.layers.trunk import Trunk, blocks_in
+from peft_vision.layers.trunk import Stream, Trunk, blocks_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,15 +131,17 @@ class Walk:
         return self.trunk.blocks[self.index]
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Run the next block; the images stay where they are."""
-        for stream, (args, kwargs) in zip(self.streams, self.given, strict=True):
+    def run(self) -> list[Stream]:
+        """What the next block makes of the images, which stay where they are."""
+        return [
             self.trunk.step(self.index, stream, args, kwargs)
+            for stream, (args, kwargs) in zip(self.streams, self.given, strict=True)
+        ]
 
-    def watch(self, layers: Sequence[nn.Module], note: Note) -> None:
+    def watch(self, layers: Sequence[nn.Module], note: Note) -> list[Stream]:
         """Run the next block, calling `note` for each layer; the images stay where they are."""
         with noting(layers, note):
-            self.run()
+            return self.run()
 
     def moments(self, *layers: nn.Module) -> list[Moments | None]:
         """Of the inputs of layers of the next block; None for one that was not called."""
@@ -153,13 +155,9 @@ class Walk:
         self.watch(layers, note)
         return found
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Take the images through the next block."""
-        self.streams = [
-            self.trunk.step(self.index, stream, args, kwargs)
-            for stream, (args, kwargs) in zip(self.streams, self.given, strict=True)
-        ]
+        self.streams = self.run()
         self.index += 1
 
 
