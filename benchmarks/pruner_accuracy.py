@@ -160,6 +160,7 @@ def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:
         "brackets): top-1 in %, training-free / after "
         f"{EPOCHS} epoch on {TRAINED} images with distillation",
         "machine": platform.machine(),
+        "seed": list(range(seeds)),
         "versions": {name: version(name) for name in ("torch", "timm")},
         "cells": cells,
     }

@@ -252,6 +252,23 @@ def cli_reference() -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def importance() -> str:
+    """How far scores of heads agree with leaving them out, and what pruning by them costs."""
+    content = json.loads((ROOT / "benchmarks" / "importance.json").read_text(encoding="utf-8"))
+    rows = [
+        [
+            name,
+            "" if row["kendall"] is None else f"{row['kendall']:+.2f}",
+            f"{row['kl']['0.25']:.3f}",
+            f"{row['kl']['0.5']:.2f}",
+            f"{row['seconds']:.1f}" if row.get("seconds") is not None else "",
+        ]
+        for name, row in content["rows"].items()
+    ]
+    head = ["score", "Kendall's tau", "KL, 25% at once", "KL, 50% at once", "seconds"]
+    return f"{table(head, rows)}\n\n`benchmarks/importance.json`, {taken(content)}"
+
+
 def flops_budgets() -> str:
     """What was asked and got of FLOPs, counted three times."""
     content = json.loads((ROOT / "benchmarks" / "flops_budgets.json").read_text(encoding="utf-8"))
@@ -406,6 +423,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     budgets = DOCS / "concepts" / "budgets.md"
     text = filled(budgets.read_text(encoding="utf-8"), "flops", flops_budgets())
     yield budgets, filled(text, "latency", timed_budgets())
+    worth = DOCS / "concepts" / "importance.md"
+    yield worth, filled(worth.read_text(encoding="utf-8"), "importance", importance())
     catalog = DOCS / "concepts" / "peft-catalog.md"
     yield catalog, filled(catalog.read_text(encoding="utf-8"), "support", peft_support())
     yield DOCS / "methods" / "index.md", methods_index()

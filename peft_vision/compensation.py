@@ -8,7 +8,6 @@ nothing of it is in the plan.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,16 +21,12 @@ from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
 from peft_vision.calibration import Moments, Walk, noting, rows_of
 from peft_vision.errors import BadSetting
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.block import branch_scale
 from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.votes import Half
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
 
 How = Literal["none", "mean", "ridge"]
-
-TINY = 1e-6
-"""A LayerScale below this lets nothing through that could make up for anything."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +100,12 @@ def apply_compensated(
     Raises:
         UnsupportedSite: as `Method.apply`.
     """
-    whole: list[nn.Module] = []
 
     def carry_out(method: Method, decided: Decisions) -> None:
         backbone = view(model)
         per_block = _by_block(backbone, decided) if how.how != "none" and backbone.tokens else {}
         if per_block:
-            whole.extend([] if whole else [copy.deepcopy(model)])
-            walks = Walk(backbone, batches), Walk(view(whole[0]), batches)
-            _walk(model, method, decided, per_block, walks, how)
+            _walk(model, method, decided, per_block, Walk(backbone, batches), how)
         done = {key for keys in per_block.values() for key in keys}
         rest = {key: value for key, value in decided.items() if key not in done}
         if rest:
@@ -141,11 +133,9 @@ def _walk(
     method: Method,
     decided: Decisions,
     per_block: dict[int, list[str]],
-    walks: tuple[Walk, Walk],
+    walk: Walk,
     how: Compensation,
 ) -> None:
-    """Cut and fit block by block; the second walk is through the model before any cut."""
-    walk, whole = walks
     last = max(per_block)
     for index in range(last + 1):
         for key in per_block.get(index, ()):
@@ -157,14 +147,13 @@ def _walk(
                 method.apply(view(model), one)
                 _fit_branch(walk, half, branch, how)
                 continue
-            seen = _look(walk, site, whole)
+            seen = _look(walk, site)
             method.apply(view(model), one)
             again = _member(model, key)
             if again is not None:
                 _fit(walk, again, seen, how)
         if index < last:
             walk.advance()
-            whole.advance()
 
 
 @dataclass
@@ -213,8 +202,7 @@ class _Seen:
     arrived: list[Tensor]
 
 
-def _look(walk: Walk, site: Member, whole: Walk) -> _Seen:
-    """An MLP also makes up for what the blocks before it have lost, as far as it can tell."""
+def _look(walk: Walk, site: Member) -> _Seen:
     seen = _Seen([], [])
 
     def note(number: int, arriving: Tensor, leaving: Tensor) -> None:
@@ -224,14 +212,7 @@ def _look(walk: Walk, site: Member, whole: Walk) -> _Seen:
             seen.arrived.append(arriving.detach())
 
     branch = site.mlp if isinstance(site, HiddenSite) else _consumer(site)
-    streams = walk.watch([branch, _consumer(site)], note)
-    if isinstance(site, HiddenSite):
-        scale = branch_scale(walk.block, walk.trunk.parts, "mlp", streams[0].x.shape[-1])
-        share = torch.where(scale.abs() > TINY, 1 / scale, 0.0)
-        for place, (now, before) in enumerate(zip(streams, whole.run(), strict=True)):
-            if now.x.shape == before.x.shape:
-                lost = (before.x - now.x) * share.to(now.x)
-                seen.wanted[place] = seen.wanted[place] + lost
+    walk.watch([branch, _consumer(site)], note)
     return seen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,3 +157,46 @@ def test_models_are_timed_in_turns(tiny_timm: Tiny) -> None:
     assert not two.training
     assert len(found["one"].milliseconds) == 3
     assert found["one"].images_per_second > 0
+
+
+def test_a_budget_between_the_exact_steps_and_the_whole_is_met_without_them(
+    tiny_timm: Tiny,
+) -> None:
+    model = tiny_timm()
+    exact = pv.measure(pv.wrap(tiny_timm(), "pooled_last_block")).flops / pv.measure(model).flops
+    target = (1 + exact) / 2
+    assert exact < 0.98 * target
+    result = pv.compress(model, target_flops=target, methods="magnitude")
+    assert [step.method for step in result.plan.steps] == ["magnitude"]
+    assert 0.98 * target < result.ratio <= target
+
+
+@pytest.mark.parametrize("data", [None, [torch.randn(8, 3, 32, 32)]])
+def test_a_branch_that_is_gone_is_not_cut(tiny_timm: Tiny, data: Any, tmp_path: Path) -> None:
+    """Decisions are made on the whole model; those on what an earlier method took are dropped."""
+    result = pv.compress(
+        tiny_timm(), target_flops=0.45, methods=["path_pruning", "magnitude"], data=data, trials=1
+    )
+    taken = {
+        key.replace("attention", "heads").replace("mlp", "hidden")
+        for step in result.plan.steps
+        if step.method == "path_pruning"
+        for key in step.decisions
+    }
+    cut = {k for step in result.plan.steps if step.method == "magnitude" for k in step.decisions}
+    assert taken
+    assert not taken & cut
+    x = torch.randn(2, 3, 32, 32)
+    result.save_pretrained(tmp_path / "out")
+    again = pv.load(tmp_path / "out", base=tiny_timm())
+    assert torch.equal(again(x), result.model.eval()(x))
+
+
+def test_a_removed_branch_leaves_its_mean(tiny_timm: Tiny) -> None:
+    from peft_vision.layers.absent import Absent
+
+    data = [torch.randn(8, 3, 32, 32)]
+    methods = ["path_pruning", "magnitude"]
+    result = pv.compress(tiny_timm(), target_flops=0.45, methods=methods, data=data, trials=1)
+    left = [m for m in result.model.modules() if isinstance(m, Absent) and m.offset is not None]
+    assert all(bool(module.offset.abs().sum() > 0) for module in left)  # type: ignore[union-attr]
