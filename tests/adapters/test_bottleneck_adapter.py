@@ -105,10 +105,12 @@ def test_the_branches_are_what_the_papers_say() -> None:
     torch.testing.assert_close(mlp.bottleneck(normed), 0.5 * mlp.bottleneck.up(by_hand))
 
 
-@pytest.mark.parametrize("place", ["both", "parallel_mlp"])
 @pytest.mark.parametrize("other", ["magnitude", "token_reorganization", "lora", "vpt"])
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("family", ["timm_vit_swiglu", "timm_eva_dinov3", "hf_dinov3"])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [("timm_vit_swiglu", "both"), ("timm_eva_dinov3", "parallel_mlp"), ("hf_dinov3", "both")],
+)
 def test_with_other_methods(
     family: str, first: bool, other: str, place: str, tmp_path: Path
 ) -> None:

@@ -220,7 +220,7 @@ def test_room_for_the_mean_is_made_with_data_and_when_asked() -> None:
         if isinstance(m, Absent)
     ]
     assert offsets
-    assert all(o.shape == (32,) and not o.any() for o in offsets)
+    assert all(o.shape == (32,) and bool(o.any()) for o in offsets), "fitted on the images"
 
 
 def test_a_mean_that_is_worse_than_nothing_does_not_stay() -> None:
