@@ -29,12 +29,12 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "`pooled_last_block`": ("pooled_last_block", {}),
     "`token_reorganization` 0.7": ("token_reorganization", {"keep_rate": 0.7}),
     "`token_reorganization` 0.5": ("token_reorganization", {"keep_rate": 0.5}),
+    "`path_pruning`, half of the paths": ("path_pruning", {"share": 0.5}),
 }
 COMPRESSED: dict[str, tuple[float, list[str]]] = {
     "`token_merging` to 0.66": (0.66, ["token_merging"]),
     "`token_merging` to 0.5": (0.5, ["token_merging"]),
     "`magnitude` to 0.5": (0.5, ["magnitude"]),
-    "`path_pruning` to 0.5": (0.5, ["path_pruning"]),
     "`magnitude,token_merging` to 0.4": (0.4, ["magnitude", "token_merging"]),
 }
 

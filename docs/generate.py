@@ -198,7 +198,7 @@ def methods_index() -> str:
 def pruners() -> str:
     """Accuracy of pruners at equal cost, and their speed, where they were measured."""
     parts = []
-    for name in ("pruner_accuracy", "pruner_speed"):
+    for name in ("training_free", "pruner_accuracy", "pruner_speed"):
         file = ROOT / "benchmarks" / f"{name}.json"
         if file.is_file():
             content = json.loads(file.read_text(encoding="utf-8"))
