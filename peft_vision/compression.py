@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_vision.applying import apply_all
 from peft_vision.backbones import view
+from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Budget, Quantity, parse_one
 from peft_vision.calibration import images_of
 from peft_vision.choosing import Chosen, choose
@@ -92,7 +93,13 @@ def compress(
     base = _with_training(base, chosen, data, min(1.0, share), image_size)
     pricing = Pricing(base, chosen.methods, budget.quantity, image_size, batch_size)
     job = _Job(base, chosen, pricing, budget, before, batches, how)
-    built = _spend(job, trials)
+    training = base.training
+    try:
+        base.eval()
+        built = _spend(job, trials)
+    finally:
+        base.train(training)
+    built.model.train(training)
     history = history.then(*built.steps)
     return Result(
         model=CompressedModel(built.model, history),
@@ -152,6 +159,7 @@ def _held(data: Any, base: nn.Module, history: History) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Built:
+    job: _Job
     model: nn.Module
     steps: list[Step]
     found: Found
@@ -196,10 +204,10 @@ def _spend(job: _Job, trials: int) -> _Built:
     count = len(job.chosen.spending)
     if count < 2 or trials < 2 or job.batches is None or job.timed:
         return _find(job)
-    fitted, held_out = _parted(job.batches)
+    fitted, held_out = _parted(job.batches, device_of(job.base))
     try:
         with torch.no_grad():
-            wanted = [logits_of(job.base.eval()(x)).detach() for x in held_out]
+            wanted = [logits_of(job.base(x)).detach() for x in held_out]
     except UnsupportedBackbone:  # no classifier whose answers could be compared
         return _find(job)
 
@@ -214,7 +222,7 @@ def _spend(job: _Job, trials: int) -> _Built:
     if best is None:
         return _find(job)
     job.chosen.notes.append(_said(job.chosen, mix))
-    return _build(job.mixed(mix), best.found)
+    return _build(replace(best.job, batches=job.batches), best.found)
 
 
 def _said(chosen: Chosen, mix: Mix) -> str:
@@ -226,9 +234,9 @@ def _said(chosen: Chosen, mix: Mix) -> str:
     )
 
 
-def _parted(batches: list[Any]) -> tuple[list[Any], list[Tensor]]:
+def _parted(batches: list[Any], device: torch.device) -> tuple[list[Any], list[Tensor]]:
     """Some of the images to fit a trial on, and as many others to compare its answers on."""
-    images = torch.cat([images_of(batch) for batch in batches])
+    images = torch.cat([images_of(batch).to(device) for batch in batches])
     size = max(len(images_of(batch)) for batch in batches)
     share = max(1, min(TRIAL, len(images) // 2))
     held_out = images[:share] if len(images) == 1 else images[share : 2 * share]
@@ -279,9 +287,8 @@ def _build(job: _Job, found: Found) -> _Built:
         for method, decisions in zip(methods, done, strict=True)
         if decisions
     ]
-    smaller.train(job.base.training)
     cost = measure(smaller, job.pricing.size[1:])
-    return _Built(smaller, steps, found, cost, job.pricing.again(smaller, cost))
+    return _Built(job, smaller, steps, found, cost, job.pricing.again(smaller, cost))
 
 
 def _decider(job: _Job) -> Any:

@@ -65,3 +65,18 @@ def test_compress_says_how_the_budget_was_divided() -> None:
     assert not any("divided by trial" in note for note in alone.notes)
     with pytest.raises(BadSetting, match="trials"):
         pv.compress(model, target_flops=0.6, data=images, trials=0)
+
+
+def test_a_budget_above_the_exact_steps_is_divided_too() -> None:
+    torch.manual_seed(0)
+    model = pv.create_model("timm/test_vit", pretrained=False, num_classes=3).train()
+    images = [torch.randn(6, 3, 160, 160)]
+    both = ["magnitude", "token_merging"]
+    exact = pv.create_model("timm/test_vit", pretrained=False, num_classes=3)
+    share = pv.measure(pv.wrap(exact, "pooled_last_block")).flops / pv.measure(model).flops
+    target = (1 + share) / 2
+    result = pv.compress(model, target_flops=target, methods=both, data=images, trials=2)
+    assert 0.98 * target < result.ratio <= target
+    assert all(step.method != "pooled_last_block" for step in result.plan.steps)
+    assert model.training
+    assert result.model.plain_model.training, "both are left in the mode that the model was in"
