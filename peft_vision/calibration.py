@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_vision.backbones.sites import Backbone, device_of
+from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite, device_of
 from peft_vision.errors import BadSetting
+from peft_vision.layers.showing import images_of
 from peft_vision.layers.trunk import Stream, Trunk, blocks_in
 
 if TYPE_CHECKING:
@@ -161,17 +162,15 @@ class Walk:
         self.index += 1
 
 
-def images_of(batch: Any) -> Tensor:
-    """The images of a batch: itself, or the first of a pair."""
-    images = batch[0] if isinstance(batch, list | tuple) else batch
-    if isinstance(images, dict):
-        images = images["pixel_values"]
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        raise BadSetting(
-            f"The data gave a batch of {type(images).__name__}; batches of (images B 3 H W, labels "
-            "B) work."
-        )
-    return images
+def consumer_of(site: HeadsSite | HiddenSite) -> nn.Module:
+    """The linear that reads the members of a site."""
+    owner, name = (
+        (site.attention, site.parts.out)
+        if isinstance(site, HeadsSite)
+        else (site.mlp, site.parts.down)
+    )
+    found: nn.Module = getattr(owner, name)
+    return found
 
 
 @contextmanager

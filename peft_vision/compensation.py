@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_vision.applying import in_order
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
-from peft_vision.calibration import Moments, Walk, noting, rows_of
+from peft_vision.calibration import Moments, Walk, consumer_of, noting, rows_of
 from peft_vision.errors import BadSetting
 from peft_vision.layers.absent import Absent
 from peft_vision.layers.linear_mlp import LinearMlp
@@ -211,8 +211,8 @@ def _look(walk: Walk, site: Member) -> _Seen:
         else:
             seen.arrived.append(arriving.detach())
 
-    branch = site.mlp if isinstance(site, HiddenSite) else _consumer(site)
-    walk.watch([branch, _consumer(site)], note)
+    branch = site.mlp if isinstance(site, HiddenSite) else consumer_of(site)
+    walk.watch([branch, consumer_of(site)], note)
     return seen
 
 
@@ -224,18 +224,9 @@ def _member(model: nn.Module, key: str) -> Member | None:
     return next((site for site in _members(view(model)) if site.key == key), None)
 
 
-def _consumer(site: Member) -> nn.Module:
-    """The linear that reads the members of a site."""
-    if isinstance(site, HeadsSite):
-        found: nn.Module = getattr(site.attention, site.parts.out)
-    else:
-        found = getattr(site.mlp, site.parts.down)
-    return found
-
-
 def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
     """Correct a plain linear so that it gives what it gave before, as far as it can."""
-    layer = _consumer(site)
+    layer = consumer_of(site)
     if type(layer) is not nn.Linear:
         return
     weight, bias = layer.weight, layer.bias

@@ -16,7 +16,6 @@ from peft_vision.applying import apply_all
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Budget, Quantity, parse_one
-from peft_vision.calibration import images_of
 from peft_vision.choosing import Chosen, choose
 from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.compressed import CompressedModel
@@ -26,6 +25,7 @@ from peft_vision.data.image_set import batches_of
 from peft_vision.data.source import open_for_calibration
 from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedBackbone
 from peft_vision.history import History, fingerprint
+from peft_vision.layers.showing import images_of
 from peft_vision.mask_training import prepare
 from peft_vision.merging import merge
 from peft_vision.method import Evidence, Method, Trained, name_of

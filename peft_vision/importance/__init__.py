@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone
-from peft_vision.calibration import images_of
 from peft_vision.cost import input_size, unwrap
 from peft_vision.data import preprocessing
 from peft_vision.data.image_set import batches_of
@@ -26,6 +25,7 @@ from peft_vision.data.source import open_for_calibration
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.history import History
 from peft_vision.importance._agreement import kendall, mean_rank
+from peft_vision.layers.showing import images_of
 from peft_vision.lookup import stems, unknown
 
 __all__ = ["Importance", "find", "kendall", "mean_rank", "names", "scores"]

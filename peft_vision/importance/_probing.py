@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, HeadsSite, device_of
-from peft_vision.calibration import images_of, noting
+from peft_vision.calibration import noting
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.showing import images_of
 
 OUTPUTS = ("logits", "pooler_output", "image_embeds", "last_hidden_state")
 """What is looked at of an output object, in this order."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_vision.layers.base_weights import base_weight
+from peft_vision.layers.showing import show
 
 
 @torch.no_grad()
@@ -42,15 +43,9 @@ def contributions(
         layer.register_forward_pre_hook(lambda m, given, i=i: note(i, m, given[0]))
         for i, (layer, _) in enumerate(outputs)
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    place = next(model.parameters())
     try:
-        model.eval()
-        for images, _ in batches:
-            model(images.to(place.device, place.dtype))
+        show(model, batches)
     finally:
-        for module, training in modes:
-            module.training = training
         for hook in hooks:
             hook.remove()
     return [total / max(seen, 1) for total, seen in zip(sums, tokens, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_vision.layers.routed_attention import RoutedAttention
 from peft_vision.layers.router import Router, count_of, top_gates
+from peft_vision.layers.showing import show
 
 
 @torch.no_grad()
@@ -41,15 +42,9 @@ def head_usage(
         module.router.register_forward_hook(lambda m, given, out, i=i: note(i, out))
         for i, module in enumerate(modules)
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    place = next(model.parameters())
     try:
-        model.eval()
-        for images, _ in batches:
-            model(images.to(place.device, place.dtype))
+        show(model, batches)
     finally:
-        for each, training in modes:
-            each.training = training
         for hook in hooks:
             hook.remove()
     # What was never asked (every token was served) says nothing against a head.

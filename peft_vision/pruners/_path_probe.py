@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, TokensSite, device_of
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.showing import images_of
 from peft_vision.layers.trunk import Stream, Trunk
 from peft_vision.layers.votes import Half
 
@@ -193,13 +194,7 @@ def _limited(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
     for batch in batches:
         if left <= 0:
             return
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        images = images["pixel_values"] if isinstance(images, dict) else images
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            raise BadSetting(
-                f"The data gave a batch of {type(images).__name__}; batches of (images B 3 H W, "
-                "labels B) work."
-            )
+        images = images_of(batch)
         yield images[:left]
         left -= len(images)
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
-from peft_vision.calibration import Moments, Walk
+from peft_vision.calibration import Moments, Walk, consumer_of
 from peft_vision.layers.block import branch_scale
 from peft_vision.layers.surgery import weight_of
 from peft_vision.layers.votes import Half
@@ -51,17 +51,6 @@ def refit_scores(
         score = _score(seen, scale[:, None] * weight, site.count)
         scores.append(score / score.sum().clamp_min(1e-30))
     return scores
-
-
-def consumer_of(site: Members) -> nn.Module:
-    """The linear that reads the members of a site."""
-    owner, name = (
-        (site.attention, site.parts.out)
-        if isinstance(site, HeadsSite)
-        else (site.mlp, site.parts.down)
-    )
-    found: nn.Module = getattr(owner, name)
-    return found
 
 
 def _score(seen: Moments, weight: Tensor, count: int) -> Tensor:

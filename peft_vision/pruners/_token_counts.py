@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from peft_vision.backbones.sites import Backbone, TokensSite
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.absent import Absent
+from peft_vision.layers.reduction import Reducer
+from peft_vision.plan import Decisions
 
 SHAPE = (1.0, 0.90, 0.82, 0.72, 0.58, 0.49, 0.40, 0.30, 0.24, 0.11, 0.07, 0.015)
 """Share of the patches behind each of the 12 blocks of a DeiT-B, as DiffRate (Chen et al., ICCV
@@ -111,3 +114,21 @@ def counts(shares: Sequence[float], patches: int, least: int = 1, most: float = 
         before = min(before, max(wanted, least, before - math.floor(most * before + 1e-9)))
         found.append(before)
     return found
+
+
+def put_reducers(backbone: Backbone, decisions: Decisions, kind: Callable[..., Reducer]) -> None:
+    """Open the blocks' trunk and put a reducer into each block named, in place.
+
+    Args:
+        kind: makes a reducer of a decision's entries.
+    """
+    if not decisions:
+        return
+    site = tokens_of(backbone)
+    trunk = site.trunk()
+    trunk.restore = trunk.restore or not reads_class_only(site)
+    for key, decision in decisions.items():
+        if not isinstance(decision, dict):
+            raise UnsupportedSite(f"{key}: not a decision on tokens: {decision!r}.")
+        settings: dict[str, Any] = dict(decision)
+        trunk.reduce(int(key.split(".")[1]), kind(**settings))

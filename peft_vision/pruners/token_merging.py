@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft_vision.backbones.sites import Backbone
-from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.errors import BadSetting
 from peft_vision.layers.attention import Attended
 from peft_vision.layers.reduction import Reducer, Reduction, behind, take
 from peft_vision.method import Evidence, Method, Stage, check_range
@@ -30,6 +30,7 @@ from peft_vision.pruners._token_counts import (
     counts,
     curve,
     patches_of,
+    put_reducers,
     reads_class_only,
     tokens_of,
 )
@@ -130,16 +131,7 @@ class TokenMerging(Method):
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Open the blocks' trunk and put a reducer into each block named."""
-        if not decisions:
-            return
-        site = tokens_of(backbone)
-        trunk = site.trunk()
-        trunk.restore = trunk.restore or not reads_class_only(site)
-        for key, decision in decisions.items():
-            if not isinstance(decision, dict):
-                raise UnsupportedSite(f"{key}: not a decision on tokens: {decision!r}.")
-            settings: dict[str, Any] = dict(decision)
-            trunk.reduce(int(key.split(".")[1]), SimilarityReducer(**settings))
+        put_reducers(backbone, decisions, SimilarityReducer)
 
 
 class SimilarityReducer(Reducer):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from peft_vision.pruners._token_counts import (
     counts,
     curve,
     patches_of,
+    put_reducers,
     reads_class_only,
     tokens_of,
 )
@@ -136,16 +137,7 @@ class TokenReorganization(Method):
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
         """Open the blocks' trunk and put a reducer into each block named."""
-        if not decisions:
-            return
-        site = tokens_of(backbone)
-        trunk = site.trunk()
-        trunk.restore = trunk.restore or not reads_class_only(site)
-        for key, decision in decisions.items():
-            if not isinstance(decision, dict):
-                raise UnsupportedSite(f"{key}: not a decision on tokens: {decision!r}.")
-            settings: dict[str, Any] = dict(decision)
-            trunk.reduce(int(key.split(".")[1]), AttentionReducer(**settings))
+        put_reducers(backbone, decisions, AttentionReducer)
 
 
 class AttentionReducer(Reducer, Paced):

@@ -408,3 +408,12 @@ def test_causal_and_other_attention_are_refused_by_name() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(BadSetting):
         make("mixture_of_heads", settings)
+
+
+def test_images_need_no_labels() -> None:
+    """Batches are images, or (images, labels), for whatever looks at them."""
+    model = build("timm_vit")
+    x = images(model)
+    method = make("mixture_of_heads")
+    plain = method.decide(view(model), 0.5, Evidence([x, x]))
+    assert plain == method.decide(view(model), 0.5, Evidence([(x, torch.zeros(len(x)))] * 2))
