@@ -32,7 +32,7 @@ from peft_vision.training.settings import TrainSettings
 
 TARGET = Path(__file__).with_suffix(".json")
 RATIOS = (0.8, 0.65, 0.5)
-TRAINED, TESTED, CALIBRATED, EPOCHS = 1000, 1000, 512, 1
+TRAINED, TESTED, CALIBRATED, EPOCHS, TRIALS = 500, 1000, 256, 1, 4
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "`magnitude`, weights alone": ("magnitude", {"free": False}),
     "`magnitude`": ("magnitude", {}),
@@ -75,7 +75,9 @@ def run(folder: str, data: str, name: str, ratio: float | None, seed: int) -> di
     images = tensors(split.train, described, CALIBRATED, seed)[0].split(64)
     given = images if how.get("free", True) else None
     try:
-        result = pv.compress(dense, target_flops=ratio, methods=methods, data=given)
+        result = pv.compress(
+            dense, target_flops=ratio, methods=methods, data=given, trials=TRIALS
+        )
     except BudgetUnreachable as error:
         return {**found, "refused": str(error)}
     free = accuracy(result.model, pixels, labels)
@@ -128,7 +130,7 @@ def shown(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run every cell and write the table."""
+    """Run every cell that the file lacks and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("folders", nargs="+")
@@ -138,17 +140,27 @@ def main() -> None:
     asked = parser.parse_args()
     wanted: list[tuple[str, float | None]] = [("dense", None)]
     wanted += [(name, ratio) for ratio in reversed(RATIOS) for name in asked.only]
-    cells: list[dict[str, Any]] = []
+    cells = done(asked.output)
+    known = {(c["name"], c["ratio"], c["seed"]) for c in cells}
     with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(run, folder, asked.data, name, ratio, seed)
             for seed, folder in enumerate(asked.folders)
             for name, ratio in wanted
+            if (name, ratio, seed) not in known
         ]
         for job in jobs:
             cells.append(job.result())
             print(cells[-1], flush=True)
             write(cells, asked.output, len(asked.folders))
+
+
+def done(target: Path) -> list[dict[str, Any]]:
+    """The cells of an earlier call that was cut short, or had fewer seeds."""
+    if not target.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(target.read_text())["cells"]
+    return found
 
 
 def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:

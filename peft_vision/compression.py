@@ -243,7 +243,7 @@ def _parted(batches: list[Any], device: torch.device) -> tuple[list[Any], list[T
     return list(torch.split(images[:share], size)), list(torch.split(held_out, size))
 
 
-ATTEMPTS, CALIBRATION, TRIAL = 4, 512, 128
+ATTEMPTS, CALIBRATION, TRIAL = 4, 512, 256
 
 
 def _find(job: _Job) -> _Built:

@@ -13,6 +13,7 @@ from peft_vision.backbones import view
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.method import Evidence, make
 from peft_vision.plan import unpack_indices
+from peft_vision.pruners._refit_scores import refit_scores
 
 Tiny = Callable[..., nn.Module]
 
@@ -102,3 +103,29 @@ def test_a_packed_weight_is_refused(tiny_timm: Tiny) -> None:
     )
     with pytest.raises(UnsupportedSite, match="quantize afterwards"):
         pv.wrap(model, "magnitude")
+
+
+def test_of_two_units_that_say_the_same_one_is_worth_keeping(tiny_timm: Tiny) -> None:
+    model = tiny_timm().double()
+    backbone = view(model)
+    mlp = backbone.hidden[1].mlp
+    with torch.no_grad():
+        mlp.fc1.weight[7] = mlp.fc1.weight[3]
+        mlp.fc1.bias[7] = mlp.fc1.bias[3]
+        mlp.fc2.weight[:, [3, 7]] *= 5
+    batches = [torch.randn(64, 3, 32, 32, dtype=torch.float64)]
+    decisions = make("magnitude", {"heads": False, "multiple": 1}).decide(
+        backbone, 0.5, Evidence(batches)
+    )
+    kept = unpack_indices(decisions["blocks.1.hidden"])
+    assert len({3, 7} & set(kept)) == 1
+
+
+def test_scores_of_a_branch_add_up_to_all_that_it_says(tiny_timm: Tiny) -> None:
+    torch.manual_seed(0)
+    backbone = view(tiny_timm().double())
+    batches = [torch.randn(64, 3, 32, 32, dtype=torch.float64)]
+    for sites in (backbone.heads, backbone.hidden):
+        for score in refit_scores(backbone, sites, batches):
+            assert float(score.sum()) == pytest.approx(1.0)
+            assert bool((score >= 0).all())
