@@ -406,7 +406,16 @@ def said_no(cell: dict[str, Any]) -> Iterator[str]:
 def taken(content: dict[str, Any]) -> str:
     """With what a benchmark was taken, in words."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
-    return f"{content.get('device', content.get('machine'))}; {versions}; seed {content['seed']}."
+    seed = "" if content["seed"] is None else f"; seed {content['seed']}"
+    return f"{content.get('device', content.get('machine'))}; {versions}{seed}."
+
+
+def predicted_memory() -> str:
+    """What the large recipes are predicted to hold."""
+    file = ROOT / "benchmarks" / "predicted_memory.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rows = table(content["columns"], content["rows"])
+    return f"{rows}\n\n{content['note']}. `benchmarks/{file.name}`, {taken(content)}"
 
 
 def pages() -> Iterator[tuple[Path, str]]:
@@ -425,6 +434,10 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield budgets, filled(text, "latency", timed_budgets())
     worth = DOCS / "concepts" / "importance.md"
     yield worth, filled(worth.read_text(encoding="utf-8"), "importance", importance())
+    lean = DOCS / "concepts" / "lean-training.md"
+    yield lean, filled(lean.read_text(encoding="utf-8"), "measured", measured("lean-training"))
+    fitting = DOCS / "how-to" / "fit-in-memory.md"
+    yield fitting, filled(fitting.read_text(encoding="utf-8"), "recipes", predicted_memory())
     catalog = DOCS / "concepts" / "peft-catalog.md"
     yield catalog, filled(catalog.read_text(encoding="utf-8"), "support", peft_support())
     yield DOCS / "methods" / "index.md", methods_index()

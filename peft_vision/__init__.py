@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft_vision.finetuning import finetune as finetune
     from peft_vision.loading import load as load
     from peft_vision.mask_training import settle as settle
+    from peft_vision.memory.estimate import estimate_memory as estimate_memory
     from peft_vision.merging import merge as merge
     from peft_vision.method import names as methods  # noqa: F401
     from peft_vision.recovery import recover as recover
@@ -28,6 +29,7 @@ _PUBLIC = {
     "Streams": ("peft_vision.streams", "Streams"),
     "compress": ("peft_vision.compression", "compress"),
     "create_model": ("peft_vision.sources", "create_model"),
+    "estimate_memory": ("peft_vision.memory.estimate", "estimate_memory"),
     "evaluate": ("peft_vision.evaluation", "evaluate"),
     "export": ("peft_vision.exporting", "export"),
     "finetune": ("peft_vision.finetuning", "finetune"),

@@ -13,10 +13,13 @@ from peft_vision.compressed import CompressedModel
 from peft_vision.data import preprocessing
 from peft_vision.data.image_set import ImageSet, batches_of
 from peft_vision.data.source import open_split
-from peft_vision.errors import BadSetting, DataError
+from peft_vision.errors import BadSetting, DataError, GradientMissing, UnsupportedSite
 from peft_vision.history import History
 from peft_vision.loading import load
-from peft_vision.recipe import LoadedRecipe, Recipe, load_recipe
+from peft_vision.memory import settling
+from peft_vision.memory.estimate import rehearsal_of
+from peft_vision.memory.rehearsal import Rehearsal
+from peft_vision.recipe import LoadedRecipe, ModelSettings, Recipe, load_recipe
 from peft_vision.sources import create_model
 from peft_vision.tasks.classification import Classification, Distillation, check_outputs
 from peft_vision.training import identity
@@ -58,6 +61,7 @@ def finetune(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = True,
+    force: bool = False,
     say: Say | None = None,
 ) -> Finetuned:
     """Fine-tune as a recipe says and save the result.
@@ -66,12 +70,16 @@ def finetune(
     the same recipe and output, and ends with the same weights. Under `accelerate launch` every
     process calls this function; the main one saves.
 
+    Where it is to run on a CUDA GPU, or the recipe has `memory`, one step is rehearsed without
+    numbers first, and a run that cannot fit is refused before anything is downloaded.
+
     Args:
         recipe: a recipe, a YAML file, or the name of one that ships.
         words: `train.epochs=2` and the like, where `recipe` is a file or name.
         output: in place of the recipe's.
         overwrite: replace a finished result, or an unfinished run of another recipe.
         resume: False starts an unfinished run anew.
+        force: train even if the memory is predicted not to be enough.
         say: is told, in one line each, what the user should know; by default it is logged.
 
     Raises:
@@ -79,6 +87,7 @@ def finetune(
         DataError: the data cannot be trained on.
         OutputExists: the output folder is in the way.
         UnknownName, BadSetting, UnsupportedSite, GradientMissing: model or method does not fit.
+        BadSetting: the memory is not enough.
         CannotWrite: the result cannot be written.
     """
     plan = _recipe_of(recipe, words, output)
@@ -87,13 +96,20 @@ def finetune(
     say = say if state.is_main_process else _silent
     folder = Path(plan.output).expanduser()
     wanted = identity.of_settings(plan.model_dump())
-    open_run(folder, wanted, overwrite=overwrite, resume=resume)
+    run = open_run(folder, wanted, overwrite=overwrite, resume=resume)
+    fitting = _Fitting(plan, run, force, say, state.num_processes)
+    chosen = fitting.before_anything()
     data = _open_data(plan, say)
     run = open_run(folder, wanted | identity.of_data(data), overwrite=overwrite, resume=resume)
     model = build(plan, data.names, data.train)
+    if chosen is None:
+        chosen = fitting.with_model(model)
+    plan = plan.model_copy(update={"train": plan.train.model_copy(update=chosen)})
     state.wait_for_everyone()
     if state.is_main_process:
         run.begin(wanted | identity.of_data(data))
+        if plan.memory is not None:
+            settling.record(run.run_dir, chosen)
     state.wait_for_everyone()
     if state.num_processes > 1:
         say(f"Training with {state.num_processes} processes ({state.backend}).")
@@ -105,6 +121,41 @@ def finetune(
         _save(model, run, plan)
     state.wait_for_everyone()
     return Finetuned(model, metrics, folder, run.resumed)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Chooses the settings with which a run fits, once: a resumed run goes on with the same."""
+
+    recipe: Recipe
+    run: RunFolder
+    force: bool
+    say: Say
+    processes: int
+
+    def before_anything(self) -> dict[str, Any] | None:
+        """Settings of `train` by their names; None where the wrapped model is needed."""
+        if not settling.is_asked(self.recipe, self.processes):
+            return {}
+        found = settling.recorded(self.run.run_dir) if self.run.resumed is not None else None
+        if found is not None:
+            return found
+        try:
+            rehearsal = rehearsal_of(self.recipe, processes=self.processes)
+        except (BadSetting, UnsupportedSite, GradientMissing):
+            return None  # it needs numbers; or else it is the same when the model is built
+        return self._settled(rehearsal)
+
+    def with_model(self, model: Any) -> dict[str, Any]:
+        """The same, of the model at hand."""
+        size = model.history.preprocessing["size"]
+        task, teacher = _task(self.recipe, model.history.labels)
+        return self._settled(
+            Rehearsal(model, (3, size, size), task, teacher, processes=self.processes)
+        )
+
+    def _settled(self, rehearsal: Rehearsal) -> dict[str, Any]:
+        return settling.settle(self.recipe, rehearsal, force=self.force, say=self.say)
 
 
 def build(recipe: Recipe, labels: Sequence[str], data: LabeledImages | None = None) -> Any:
@@ -121,9 +172,10 @@ def build(recipe: Recipe, labels: Sequence[str], data: LabeledImages | None = No
     import torch
 
     torch.manual_seed(recipe.seed)
-    counted = {_class_argument(recipe.model.name): len(labels)}
     plain = create_model(
-        recipe.model.name, pretrained=recipe.model.pretrained, **{**counted, **recipe.model.kwargs}
+        recipe.model.name,
+        pretrained=recipe.model.pretrained,
+        **recipe.model.arguments(len(labels)),
     )
     size = view(plain).input_size
     described = preprocessing.of_model(plain, recipe.model.name, size[-1] if size else None)
@@ -205,8 +257,7 @@ def _teacher(name: str, labels: Sequence[str]) -> nn.Module:
         DataError: the teacher knows other classes.
     """
     if not Path(name).exists():
-        counted: dict[str, Any] = {_class_argument(name): len(labels)}
-        return create_model(name, **counted)
+        return create_model(name, **ModelSettings(name=name).arguments(len(labels)))
     loaded: nn.Module = load(name)
     known: list[str] | None = History.of(loaded).labels
     if known is not None and list(known) != list(labels):
@@ -225,10 +276,6 @@ def _wrapped(plain: nn.Module, recipe: Recipe, batches: list[Any] | None) -> Any
     for entry in recipe.methods:
         model = wrap(model, entry.name, data=batches, **entry.settings)
     return model
-
-
-def _class_argument(name: str) -> str:
-    return "num_labels" if name.startswith("transformers/") else "num_classes"
 
 
 def _save(model: Any, run: RunFolder, recipe: Recipe) -> None:

@@ -42,6 +42,11 @@ class ModelSettings(BaseModel):
     pretrained: bool = True
     kwargs: dict[str, Any] = {}
 
+    def arguments(self, classes: int) -> dict[str, Any]:
+        """What the constructor takes, with so many outputs unless `kwargs` says otherwise."""
+        counted = "num_labels" if self.name.startswith("transformers/") else "num_classes"
+        return {counted: classes, **self.kwargs}
+
 
 class MethodSettings(BaseModel):
     """A method or preset by name; further keys are its settings."""
@@ -82,7 +87,13 @@ class TaskSettings(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A fine-tuning run. Without `methods` all weights are trained."""
+    """A fine-tuning run. Without `methods` all weights are trained.
+
+    Attributes:
+        memory: of the GPU that the run is to fit into, such as `24GB`. What `train` leaves at its
+            default is chosen then, exact measures first, and `auto` sizes of batches are resolved;
+            what is trained is not changed. None: nothing is chosen.
+    """
 
     model_config = _STRICT
 
@@ -91,6 +102,7 @@ class Recipe(BaseModel):
     data: DataSettings
     task: TaskSettings = TaskSettings()
     train: TrainSettings = TrainSettings()
+    memory: str | None = None
     output: Annotated[str, Field(min_length=1)] = "out"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 

@@ -27,7 +27,7 @@ def recover(
     *,
     epochs: int = 3,
     batch_size: int = 32,
-    learning_rate: float = 2e-4,
+    learning_rate: float = 3e-5,
     weight: float = 0.7,
     temperature: float = 2.0,
     seed: int = 0,
@@ -70,7 +70,11 @@ def recover(
         ImageSet(split.validation, preprocessing.evaluation_transform(described)),
         settings
         or TrainSettings(
-            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, weight_decay=0.0
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup=0.1,
+            weight_decay=0.0,
         ),
         teacher=teacher,
         seed=seed,

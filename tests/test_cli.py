@@ -104,3 +104,39 @@ def test_debug_shows_the_traceback() -> None:
     assert result.exception is not None
     assert type(result.exception).__name__ == "UnknownName"
     run("methods")
+
+
+RUN = """
+model:
+  name: vit_tiny_patch16_224
+  kwargs: {img_size: 32, patch_size: 8, depth: 2, embed_dim: 48, num_heads: 3}
+method: {name: lora, r: 4}
+data: {train: nowhere}
+train: {batch_size: 8}
+"""
+
+
+def test_memory_shows_what_holds_it_and_what_helps(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RUN)
+    plain = run("memory", str(recipe), "--json")
+    assert plain.exit_code == 0, plain.output
+    peak = json.loads(plain.stdout)["peak"]
+    tight = run("memory", str(recipe), "--gpu", f"{(peak - 20_000) / 1e6}MB", "--batch", "8")
+    assert tight.exit_code == 0, tight.output
+    for words in ("weights, fp32", "overhead", "does not fit", "Largest pass", "train.frozen=bf16"):
+        assert words in tight.output.replace("\n", " ")
+    said = run("memory", str(recipe), "train.frozen=bf16", "--gpu", "24GB", "--json")
+    assert json.loads(said.stdout)["fits"]
+    assert len(said.stdout.splitlines()) == 1
+
+
+def test_memory_refuses_in_one_message(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RUN)
+    refused(run("memory", str(recipe), "--gpu", "24 apples"), "such as 24GB")
+    refused(run("memory", str(recipe), "train.batch_size=auto"), "memory: 24GB")
+    refused(run("memory", str(recipe), "methods=[magnitude]"), "magnitude cannot be estimated")
+    refused(run("memory", "no/such/recipe"), "There is no recipe")
+    away = run("memory", str(recipe), "model={name: transformers/nobody/nothing}")
+    refused(away, "cannot be loaded")

@@ -1,13 +1,13 @@
-"""Two processes learn what one does when the global batch is the same."""
+"""Two processes learn what one does when the global batch is the same, also cut and killed."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,25 +26,66 @@ method: {{name: lora, r: 4}}
 data: {{train: {data}}}
 train: {{epochs: 4, batch_size: 8, learning_rate: 5e-3, save_every: 3, loggers: [], device: cpu}}
 """
-CONFIG = Path(__file__).parents[1] / "recipes" / "accelerate" / "ddp-2cpu.yaml"
+CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+PROBE = """
+import os
+import signal
+
+import torch
+
+from peft_vision.cli import main
+from peft_vision.training import sharding
+from peft_vision.training.trainer import VisionTrainer
+
+put_together, one_pass = sharding.put_together, VisionTrainer._one_pass
 
 
-def run(*command: str) -> str:
-    """Run a command in its own group, and leave no process behind."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
+def told(model):
+    sharding.close(model)
+    cut = [type(p.data).__name__ for p in model.parameters()]
+    print(f"{len(list(sharding._shards(model)))} units of {set(cut)}", flush=True)
+    put_together(model)
+
+
+def limited(self, model, piece, count):
+    step, second = self.state.global_step, self.args.process_index == 1
+    if second and step == int(os.environ.get("KILLED_AT", "1000")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    late = step >= int(os.environ.get("FULL_FROM", "1000"))
+    if second and late and len(piece["labels"]) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    return one_pass(self, model, piece, count)
+
+
+sharding.put_together, VisionTrainer._one_pass = told, limited
+main()
+"""
+
+
+def start(config: str, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """Have accelerate start processes, in a group of their own."""
+    launch = ("accelerate.commands.launch", "--config_file", str(CONFIGS / config))
+    return subprocess.Popen(
+        [sys.executable, "-m", *launch, "--main_process_port", free_port(), *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def ended(process: subprocess.Popen[str], *, well: bool = True) -> str:
+    """What processes said; none is left behind."""
     try:
-        said, _ = process.communicate(timeout=85)
+        said, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        launcher = psutil.Process(process.pid)
+        for one in (*launcher.children(recursive=True), launcher):
+            one.kill()
+        process.communicate()
         raise
-    assert process.returncode == 0, said
+    assert (process.returncode == 0) is well, said
     return said
 
 
@@ -64,22 +105,51 @@ def test_two_processes_learn_what_one_does(tmp_path, image_folder):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(data=image_folder(images=7)))
     alone, both = tmp_path / "alone", tmp_path / "both"
-    launch = ("accelerate.commands.launch", "--config_file", str(CONFIG))
-    command = ("-m", "peft_vision", "finetune", str(recipe), "--output", str(both))
-    said = run(*launch, "--main_process_port", free_port(), *command)
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    command = (str(probe), "finetune", str(recipe), "--output", str(both))
+    # One of them runs out of memory in the second step: both halve their passes.
+    said = ended(start("ddp-2cpu.yaml", *command, FULL_FROM="1"))
     assert "2 processes (gloo)" in said
+    assert said.count("Out of memory with 4 images at a time, after step 1.") == 1
+    notes = (both / "logs" / "log.jsonl").read_text().count('{"step": 1, "micro_batch": 2}')
+    assert notes == 1
     finetune(recipe, output=alone)
+    learned_the_same(alone, both)
+    metrics = [
+        json.loads((out / "peft_vision.json").read_text())["metrics"] for out in (both, alone)
+    ]
+    assert metrics[0]["top1"] == metrics[1]["top1"]
 
+
+@pytest.mark.slow
+def test_sharded_processes_learn_the_same_when_one_is_killed(tmp_path, image_folder):
+    recipe, probe = tmp_path / "recipe.yaml", tmp_path / "probe.py"
+    recipe.write_text(RECIPE.format(data=image_folder(images=7)))
+    probe.write_text(PROBE)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    command = ("fsdp2-2cpu.yaml", str(probe), "finetune", str(recipe), "--output", str(both))
+
+    said = ended(start(*command, KILLED_AT="4"), well=False)
+    assert "Signal 9 (SIGKILL) received" in said
+    assert not (both / "peft_vision.json").exists()
+
+    said = ended(start(*command))
+    assert "Resuming the unfinished run" in said
+    assert "from step 3" in said
+    assert said.count("3 units of {'DTensor'}") == 2, said
+    finetune(recipe, output=alone)
+    learned_the_same(alone, both)
+
+
+def learned_the_same(alone: Path, both: Path) -> None:
     one, two = losses(alone), losses(both)
     assert list(one) == list(two) == list(range(1, 13))
     assert one[12] < one[1]
     assert [two[step] for step in two] == pytest.approx([one[step] for step in one], rel=1e-3)
     ours, theirs = (load_file(out / "adapter_model.safetensors") for out in (both, alone))
+    assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-3) for name in theirs)
-    metrics = [
-        json.loads((out / "peft_vision.json").read_text())["metrics"] for out in (both, alone)
-    ]
-    assert metrics[0]["top1"] == metrics[1]["top1"]
 
 
 @pytest.mark.parametrize(("processes", "passes"), [(1, 1), (2, 1), (2, 2), (4, 3)])

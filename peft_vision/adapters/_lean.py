@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_vision.layers.low_rank import autocast_dtype, low_rank_linear
 
@@ -78,7 +79,7 @@ def _is_bare(layer: nn.Module) -> bool:
     """Whether calling `layer` is nothing but its linear map: exactly this class, and no hooks."""
     return (
         type(layer) is nn.Linear
-        and type(layer.weight) is nn.Parameter
+        and type(layer.weight) in (nn.Parameter, FakeTensor)
         and not any(vars(layer).get(name) for name in ADDED)
     )
 

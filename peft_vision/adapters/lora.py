@@ -58,9 +58,15 @@ class Lora(Adapter):
     """First values: "standard" (A uniform, B zero: the function is kept), or "trunc_normal" (both
     truncated normal, standard deviation 0.02, as in LoRAT: training starts elsewhere)."""
 
+    last: int | None = None
+    """Only the last so many blocks, at least 1; the gradient goes no deeper, and the blocks before
+    hold nothing for it. None: every block, and layers outside of them."""
+
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise BadSetting(f"r is {self.r!r}; it has to be a whole number of at least 1.")
+        if self.last is not None and (isinstance(self.last, bool) or self.last < 1):
+            raise BadSetting(f"last is {self.last!r}; it has to be a number of blocks, 1 or more.")
         check_range("alpha", self.alpha, 1e-9, 1e9)
         check_range("dropout", self.dropout, 0.0, 0.999)
         if self.init not in INITS:
@@ -73,9 +79,7 @@ class Lora(Adapter):
             return {}
         update = {"r": self.r, "alpha": float(self.alpha)}
         decisions: Decisions = {
-            key: dict(update)
-            for site in chosen_layers(backbone, self._targets())
-            for key in self._keys(site)
+            key: dict(update) for site in self._chosen(backbone) for key in self._keys(site)
         }
         if self.train_head:
             decisions.update({site.key: "train" for site in backbone.classifier})
@@ -126,6 +130,18 @@ class Lora(Adapter):
         )
         config._register_custom_module({nn.Linear: lean})  # noqa: SLF001 - PEFT's hook for layers
         return config
+
+    def _chosen(self, backbone: Backbone) -> list[LayerSite]:
+        """The layers of the targets, in the blocks that were asked for."""
+        chosen = chosen_layers(backbone, self._targets())
+        if self.last is None:
+            return chosen
+        backbone.require("blocks")
+        depth = len(backbone.blocks)
+        if self.last > depth:
+            raise BadSetting(f"last is {self.last}, and the model has {depth} blocks.")
+        first = depth - self.last
+        return [site for site in chosen if site.block is not None and site.block >= first]
 
     def _targets(self) -> tuple[str, ...]:
         """The targets; queries alone are a part of what computes all three, once it is split."""

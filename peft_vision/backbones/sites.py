@@ -7,7 +7,7 @@ holds no closure: a deep copy's closure would edit the original.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +28,7 @@ from peft_vision.layers.attention import (
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import around, inside
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.recomputed_blocks import recompute
 from peft_vision.layers.surgery import weight_of
 from peft_vision.layers.trunk import Trunk, trunk_in
 
@@ -318,8 +319,11 @@ class Backbone:
                 )
                 raise UnsupportedSite(f"{type(self.model).__name__} has no {kind}: {why}.")
 
-    def set_checkpointing(self, on: bool) -> None:
+    def set_checkpointing(self, on: bool | Collection[int]) -> None:
         """Recompute activations in the backward pass, block by block.
+
+        Args:
+            on: for every block, for none, or for the blocks of these indices.
 
         Raises:
             UnsupportedSite: the model has no blocks that can be recomputed.
@@ -327,13 +331,16 @@ class Backbone:
         trunk = next((m for m in self.model.modules() if isinstance(m, Trunk)), None)
         own = next((n for n in SWITCHES if getattr(self.core, n, None) is not None), None)
         if trunk is not None:
-            trunk.checkpointing = on
-        elif own is None:
+            trunk.checkpointing = on if isinstance(on, bool) else frozenset(on)
+        elif own is None and not self.blocks:
             raise UnsupportedSite(
                 f"{type(self.model).__name__} offers no gradient checkpointing of its own."
             )
+        for site in self.blocks:
+            alone = own is None if on is True else on is not False and site.index in on
+            recompute(site.block, on=alone and trunk is None)
         if own is not None:  # around a whole trunk it would recompute all blocks at once
-            _switch(self.core, own, on and trunk is None)
+            _switch(self.core, own, on is True and trunk is None)
 
 
 ABSENCES = {

@@ -36,6 +36,9 @@ def finetune(
     restart: Annotated[
         bool, typer.Option("--restart", help="Start an unfinished run anew, do not resume it.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if the memory will not be enough.")
+    ] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show every setting and its origin, and stop.")
     ] = False,
@@ -54,7 +57,7 @@ def finetune(
         return
     from peft_vision.finetuning import finetune as run
 
-    _print_result(run(loaded, overwrite=overwrite, resume=not restart, say=_say))
+    _print_result(run(loaded, overwrite=overwrite, resume=not restart, force=force, say=_say))
 
 
 def _say(text: str) -> None:

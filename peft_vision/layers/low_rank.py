@@ -18,7 +18,7 @@ The second derivative is refused: asking for it raises a RuntimeError.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peft_vision.layers.products import linear
-from peft_vision.layers.recomputed import origin_of
+from peft_vision.layers.recomputed import origin_of, without_autocast
 
 CAST = "_peft_vision_cast"
-UNUSED = (None,) * 5
+UNUSED = (None,) * 4
 """Gradients of what `_LowRankLinear.forward` takes besides tensors."""
 
 
@@ -50,14 +50,15 @@ def low_rank_linear(
     tokens, (wide, narrow) = x.numel() // x.shape[-1], weight.shape
     many = tokens * (wide + narrow) >= 2 * wide * narrow
     folded = many and dtype == weight.dtype == down.dtype == up.dtype
-    kept, again = low.detach(), None
+    kept: tuple[Tensor, ...] = (low.detach(),)
+    again = None
     if torch.is_grad_enabled() and (down.requires_grad or (folded and up.requires_grad)):
         origin = origin_of(x)
         if origin is not None:
-            kept, again = origin.source, origin.again
+            kept, again = origin.sources, origin.again
             again.enter()
     result: Tensor = _LowRankLinear.apply(
-        x, bias, down, up, weight, low.detach(), kept, (again, folded), scale
+        x, bias, down, up, weight, low.detach(), (kept, again, folded), scale
     )
     return result
 
@@ -82,11 +83,10 @@ class _LowRankLinear(torch.autograd.Function):
         up: Tensor,
         weight: Tensor,
         low: Tensor,
-        kept: Tensor,
-        how: tuple[Any, bool],
+        how: tuple[tuple[Tensor, ...], Any, bool],
         scale: float,
     ) -> Tensor:
-        ctx.again, ctx.folded = how
+        kept, ctx.again, ctx.folded = how
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (low.dtype, x.dtype)
         mid = None
         # Not a view, which the caller could not change in place; some attention adds its bias so.
@@ -99,22 +99,22 @@ class _LowRankLinear(torch.autograd.Function):
             torch.addmm(out, mid, up.to(low.dtype).t(), alpha=scale, out=out)
         needs_x = ctx.needs_input_grad[2] or (ctx.folded and ctx.needs_input_grad[3])
         ctx.save_for_backward(
-            kept if needs_x else None,
             mid if ctx.needs_input_grad[3] else None,
             *(weight, down, up),
+            *(kept if needs_x else ()),
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, mid, weight, down, up = ctx.saved_tensors
+        mid, weight, down, up, *kept = ctx.saved_tensors
         dtype, folded = ctx.dtypes[0], ctx.folded
         needs_x, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:4]
         grad_down = grad_up = thin = None
-        with _without_autocast(grad):
+        with without_autocast(grad):
             g, down_low = grad.reshape(-1, grad.shape[-1]), down.to(dtype)
-            rows = None if kept is None else _rows(ctx, kept)
+            rows = _rows(ctx, kept) if kept else None
             if needs_up:
                 mid = linear(rows, down_low) if mid is None and rows is not None else mid
                 grad_up = (g.t() @ mid).mul_(ctx.scale).to(up.dtype)
@@ -129,9 +129,9 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, grad_bias, grad_down, grad_up, *UNUSED
 
 
-def _rows(ctx: Any, kept: Tensor) -> Tensor:
+def _rows(ctx: Any, kept: Sequence[Tensor]) -> Tensor:
     """The input again, tokens x in."""
-    x = kept if ctx.again is None else ctx.again.value(kept, ctx.dtypes[0])
+    x = kept[0] if ctx.again is None else ctx.again.value(kept, ctx.dtypes[0])
     return x.reshape(-1, x.shape[-1])
 
 
@@ -157,9 +157,3 @@ def _cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
         vars(x)[CAST] = known
     cast: Tensor = known[1]
     return cast
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else nullcontext()

@@ -71,6 +71,8 @@ class Trunk(nn.Module):
             that carried it, or with its last own one.
         pooled: the last block is computed for this many first tokens only; None for all.
         votes: the result is the sum of scaled paths; None for the stream itself.
+        checkpointing: blocks whose activations are computed again in the backward pass: all, none,
+            or these.
         observer: is told what every branch adds. `given`: goes on behind the last block in the
             place of what the blocks would make, so that what follows them can be asked alone.
     """
@@ -87,7 +89,7 @@ class Trunk(nn.Module):
         self.votes: Votes | None = None
         self.observer: Observer | None = None
         self.given: Tensor | None = None
-        self.checkpointing = False
+        self.checkpointing: bool | frozenset[int] = False
 
     @property
     def plain(self) -> bool:
@@ -127,13 +129,17 @@ class Trunk(nn.Module):
                     module.advance()
         stream = self.enter(x, kwargs)
         for index in range(len(self.blocks)):
-            if self.checkpointing and self.training:
+            if self.training and self._recomputes(index):
                 stream = checkpoint(self.step, index, stream, args, kwargs, use_reentrant=False)
             else:
                 stream = self.step(index, stream, args, kwargs)
             if self.votes is not None and stream.total is not None:
                 self.votes.passed(index, stream.total)
         return self.leave(stream)
+
+    def _recomputes(self, index: int) -> bool:
+        on = self.checkpointing
+        return on if isinstance(on, bool) else index in on
 
     def enter(self, x: Tensor, kwargs: dict[str, Any]) -> Stream:
         """What flows into the first block, from what the model calls its blocks with.

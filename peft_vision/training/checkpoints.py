@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peft_vision.errors import CannotWrite, DamagedArtifact
 from peft_vision.files import write_json_atomic, writing
+from peft_vision.training import sharding
 
 PREFIX = "checkpoint-"
 WEIGHTS = "model.safetensors"
@@ -79,8 +80,13 @@ def changing_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**buffers, **trained}
 
 
-def save_tensors(model: nn.Module, folder: Path) -> None:
+def save_tensors(model: nn.Module, folder: Path, *, write: bool = True) -> None:
     """Write what training changes to a safetensors file.
+
+    Every process has to call it where parameters are cut over processes.
+
+    Args:
+        write: False only takes part in the gathering.
 
     Raises:
         CannotWrite: the disk is full or the folder is not writable.
@@ -88,12 +94,13 @@ def save_tensors(model: nn.Module, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    sharding.close(model)
+    gathered = sharding.gathered(changing_tensors(model))
+    if not write:
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in changing_tensors(model).items()
-        }
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in gathered.items()}
         try:
             save_file(tensors, folder / WEIGHTS)
         except SafetensorError as error:
@@ -108,6 +115,7 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
+    sharding.close(model)
     stored, wanted = load_file(folder / WEIGHTS), changing_tensors(model)
     different = sorted(set(stored) ^ set(wanted)) + sorted(_reshaped(stored, wanted))
     if different:
@@ -117,7 +125,7 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
             "anew with --restart."
         )
     for name, tensor in wanted.items():
-        tensor.detach().copy_(stored[name])
+        sharding.put(tensor, stored[name])
 
 
 def _reshaped(stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> set[str]:

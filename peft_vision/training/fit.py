@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vision.backbones import view
-from peft_vision.cost import unwrap
 from peft_vision.errors import BadSetting, DataError, MissingExtra
 from peft_vision.training import checkpoints
+from peft_vision.training.lean import leaned
 from peft_vision.training.optimizers import is_from_peft, peft_optimizer
 from peft_vision.training.processes import joined
 from peft_vision.training.settings import TrainSettings, training_arguments
@@ -77,10 +76,10 @@ def fit(
         if run_dir is None:
             trainer.args.save_strategy = "no"
         start = time.perf_counter()
-        with _checkpointing(model, settings.gradient_checkpointing):
+        with leaned(model, settings):
             _train(trainer, checkpoints.latest(folder))
-        figures = trainer.figures()
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            figures = trainer.figures()
+            trainer.release()
     model.eval()
     steps = float(trainer.state.global_step)
     return {**figures, "seconds": time.perf_counter() - start, "steps": steps}
@@ -187,21 +186,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(chatty, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Recompute activations while the block runs.
-
-    Raises:
-        UnsupportedSite: the backbone has no blocks that can be recomputed.
-    """
-    if not on:
-        yield
-        return
-    backbone = view(unwrap(model))
-    backbone.set_checkpointing(True)
-    try:
-        yield
-    finally:
-        backbone.set_checkpointing(False)

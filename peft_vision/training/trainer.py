@@ -7,7 +7,8 @@ rank). So no state of a random number generator is saved, and a resumed run cann
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EvalPrediction,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainingArguments,
 )
 
-from peft_vision.data.epoch_dataset import EpochDataset
 from peft_vision.files import writing
 from peft_vision.layers.traits import penalties
 from peft_vision.tasks.task import Task
-from peft_vision.training import checkpoints
+from peft_vision.training import checkpoints, sharding
+from peft_vision.training.accumulation import Accumulation
 from peft_vision.training.batches import GlobalBatches
+from peft_vision.training.out_of_memory import Batch, Fitting
+from peft_vision.training.place import Placed
+from peft_vision.training.processes import smallest
 
 _SPEEDS = ("_runtime", "_per_second", "_preparation_time")
 
@@ -44,6 +47,7 @@ class VisionTrainer(Trainer):
     """
 
     control: TrainerControl
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
@@ -57,6 +61,11 @@ class VisionTrainer(Trainer):
         self.task, self.keep = task, keep
         self.parts: dict[str, Tensor] = {}
         self.evaluated: tuple[int, dict[str, float]] | None = None
+        self.held: list[Batch] | None = None
+        folder = Path(arguments.output_dir)
+        self.fitting = Fitting("micro_batch", arguments.per_device_train_batch_size, folder)
+        evaluated_at_once = arguments.per_device_eval_batch_size
+        self.evaluation_fitting = Fitting("evaluation_batch", evaluated_at_once, folder)
         super().__init__(
             model=model,
             args=arguments,
@@ -75,7 +84,8 @@ class VisionTrainer(Trainer):
             arguments.world_size,
             arguments.seed,
         )
-        self.add_callback(_Placed(self.batches, train_set, arguments.seed, arguments.process_index))
+        self.placed = Placed(self.batches, train_set, arguments.seed, arguments.process_index)
+        self.add_callback(self.placed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches of this process; the share is cut by `GlobalBatches` and not by accelerate."""
@@ -100,23 +110,63 @@ class VisionTrainer(Trainer):
         if declared:
             losses = {**losses, "penalty": torch.stack([term.float() for term in declared]).sum()}
         for name, value in losses.items():
-            scaled = value.detach() / self.args.gradient_accumulation_steps
+            scaled = value.detach() / self.current_gradient_accumulation_steps
             self.parts[name] = self.parts.get(name, torch.zeros_like(scaled)) + scaled
         total = torch.stack([value.float() for value in losses.values()]).sum()
         return (total, None) if return_outputs else total
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Hold micro-batches back until the last of an optimizer step, then do them all.
+
+        So the step can be done again in smaller pieces where memory runs out in the middle of it.
+
+        Raises:
+            JobFailed: one image at a time does not fit, or processes cannot agree on less.
+        """
+        if self.held is None:
+            self.held = []
+            self._agree()
+        self.held.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self.held = self.held, []
+        noted, before = dict(self.parts), self.fitting.size
+
+        def again() -> None:
+            self.parts = dict(noted)
+            self.placed.seed_at(self.state.global_step)
+
+        sharded = self.is_fsdp_enabled
+        how = Accumulation(self.fitting, self.accelerator, sharded, self._one_pass, again)
+        loss = how.step(model, batches)
+        if self.fitting.size < before:
+            self._say(self.fitting, before)
+        return loss
+
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Outputs and targets of a batch, as the task has them."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs, targets = self.task.predict(model, inputs)
-        return None, outputs.detach(), targets.detach()
+        """Outputs and targets of a batch, as the task has them.
+
+        Raises:
+            JobFailed: one image at a time does not fit.
+        """
+        before = self.evaluation_fitting.size
+        apart = not self.is_fsdp_enabled
+        found = self.evaluation_fitting.run([inputs], lambda b: self._predicted(model, b), apart)
+        if self.evaluation_fitting.size < before:
+            self._say(self.evaluation_fitting, before)
+        outputs, targets = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return None, outputs, targets
 
     def figures(self) -> dict[str, float]:
         """The validation figures at the step where the run is, evaluated at most once.
@@ -131,6 +181,8 @@ class VisionTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate and note the figures together with the step."""
+        if self.is_fsdp_enabled and not sharding.is_cut(self.model):  # nothing was trained
+            self.accelerator.prepare(self.model, self.create_optimizer())
         found: dict[str, float] = super().evaluate(*args, **kwargs)
         named = {name.removeprefix("eval_"): float(value) for name, value in found.items()}
         kept = {k: v for k, v in named.items() if k != "epoch" and not f"_{k}".endswith(_SPEEDS)}
@@ -153,22 +205,102 @@ class VisionTrainer(Trainer):
         """Matrices and kernels decay; biases, norms, scales, tokens and position tables do not."""
         return [name for name, parameter in model.named_parameters() if _decays(name, parameter)]
 
+    def _one_pass(self, model: nn.Module, piece: Batch, count: int) -> Tensor:
+        self.current_gradient_accumulation_steps = count
+        loss: Tensor = super().training_step(model, piece)
+        return loss
+
+    def _predicted(self, model: nn.Module, piece: Batch) -> tuple[Tensor, Tensor]:
+        piece = self._prepare_inputs(piece)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs, targets = self.task.predict(model, piece)
+        return outputs.detach(), targets.detach()
+
+    def _agree(self) -> None:
+        """Take the smallest of what processes found in their records, before the first step."""
+        both = (self.fitting, self.evaluation_fitting)
+        if self.args.world_size > 1:
+            found = smallest([fitting.size for fitting in both], self.args.device)
+            for fitting, size in zip(both, found, strict=True):
+                fitting.limit(size)
+        for fitting in both:
+            if fitting.size < fitting.asked:
+                self._log_size(fitting)
+
+    def _say(self, fitting: Fitting, before: int) -> None:
+        self._log_size(fitting)
+        if self.is_world_process_zero():
+            fitting.say(before, self.state.global_step)
+
+    def _log_size(self, fitting: Fitting) -> None:
+        logs = {fitting.setting: fitting.size}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
         outputs, targets = prediction.predictions, prediction.label_ids
         return self.task.metrics(torch.as_tensor(outputs), torch.as_tensor(targets))
 
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        if self.args.should_save:
-            plain = self.accelerator.unwrap_model(self.model)
-            checkpoints.save_tensors(plain, Path(output_dir or self.args.output_dir))
+    def create_accelerator_and_postprocess(self) -> None:
+        """Join the other processes; parameters are cut over them where accelerate was told to."""
+        sharding.allow_without_gpu()
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            sharding.prepare(self.accelerator, self.model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the settings, or the one that was put in place."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.is_fsdp_enabled:
+            sharding.require_optimizer(optimizer)
+        return optimizer
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Have autocast around the pass: accelerate puts it into no forward that is cut."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
+
+    def release(self) -> None:
+        """Leave a plain model behind, without what training wrapped it with."""
+        plain = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        if self.is_fsdp_enabled:
+            sharding.put_together(plain)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what training changes; parameters that were cut are gathered."""
+        plain = self.accelerator.unwrap_model(self.model)
+        checkpoints.save_tensors(
+            plain, Path(output_dir or self.args.output_dir), write=self.args.should_save
+        )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         plain = self.accelerator.unwrap_model(model or self.model)
         checkpoints.load_tensors(plain, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._in_one_piece():
+            if not self.args.should_save:
+                self.optimizer.state_dict()  # takes part in the gathering
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._in_one_piece():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _in_one_piece(self) -> Iterator[None]:
+        """Have the optimizer's file be the one that a single process writes."""
+        if not self.is_fsdp_enabled:
+            yield
+            return
+        self.is_fsdp_enabled = False
+        try:
+            with sharding.whole_states(self.optimizer.optimizer):
+                yield
+        finally:
+            self.is_fsdp_enabled = True
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Nothing to save: see the head of this file."""
@@ -184,28 +316,6 @@ class VisionTrainer(Trainer):
             run_dir = Path(self.args.output_dir)
             checkpoints.seal(run_dir / f"{checkpoints.PREFIX}{self.state.global_step}")
             checkpoints.rotate(run_dir, self.keep)
-
-
-class _Placed(TrainerCallback):
-    """Tells order, augmentation and dropout where the run is."""
-
-    def __init__(
-        self, batches: GlobalBatches, train_set: Dataset[Any], seed: int, rank: int
-    ) -> None:
-        self.batches, self.train_set, self.seed, self.rank = batches, train_set, seed, rank
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the epoch of the batch order and of the augmentation."""
-        epoch = state.global_step // self.batches.steps
-        self.batches.set_epoch(epoch)
-        if isinstance(self.train_set, EpochDataset):
-            self.train_set.set_epoch(epoch)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seed dropout and its like for one optimizer step."""
-        place = random.Random(f"{self.seed}/{state.global_step}/{self.rank}").getrandbits(63)
-        torch.manual_seed(place)
-        random.seed(place)
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -104,3 +104,15 @@ def test_the_proof_uses_no_memory_and_counts_what_it_proved(tiny_timm: Tiny) -> 
     adapted = pv.wrap(tiny_timm(), "lora")
     assert prove_gradient(adapted) == 16 * 2 + 2
     assert all(p.grad is None for p in adapted.parameters())
+
+
+def test_the_last_blocks_only(tiny_timm: Tiny) -> None:
+    adapted = pv.wrap(tiny_timm(), "lora", last=1, r=2)
+    names = {n.split("blocks.")[1][0] for n, _ in adapted.named_parameters() if "lora_" in n}
+    assert names == {"3"}
+    split = pv.wrap(tiny_timm(), "lora", last=2, r=2, targets=["q", "v"], split_qkv=True)
+    assert len(adapter_layers(split.plain_model)) == 4
+    with pytest.raises(BadSetting, match="has 4 blocks"):
+        pv.wrap(tiny_timm(), "lora", last=5)
+    with pytest.raises(BadSetting, match="1 or more"):
+        pv.wrap(tiny_timm(), "lora", last=0)

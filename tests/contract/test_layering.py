@@ -38,7 +38,9 @@ HEIGHTS = (
     ("adapted", "several", "compressed", "wrapping", "loading", "merging"),
     ("search", "pricing", "mixing", "choosing", "result"),
     ("compression", "evaluation", "mask_training", "recovery"),
-    ("recipe", "finetuning", "quickstart"),
+    ("recipe",),
+    ("memory",),
+    ("finetuning", "quickstart"),
     ("cli",),
     ("__init__", "__main__"),
 )
