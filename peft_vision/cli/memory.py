@@ -85,6 +85,7 @@ def _print(estimate: MemoryEstimate) -> None:
 
 def _print_advice(advice: Advice, memory: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from peft_vision.memory.gpu import said
@@ -101,6 +102,6 @@ def _print_advice(advice: Advice, memory: str) -> None:
     table = Table("change, each on its own", "peak", "fits", "what it changes")
     for change in advice.changes:
         fits = "yes" if change.estimate.fits(advice.size) else "no"
-        table.add_row(change.words, said(change.estimate.peak), fits, change.kind)
+        table.add_row(escape(change.words), said(change.estimate.peak), fits, change.kind)
     console.print(table)
     console.print(f"With memory: {memory} in the recipe, finetune chooses.", highlight=False)

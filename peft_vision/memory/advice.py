@@ -97,8 +97,9 @@ def advise(recipe: Recipe, rehearsal: Rehearsal, size: int) -> Advice:
         return rehearsal.run(settings.model_copy(update=batch))
 
     best = largest(passes_of, estimate.micro_batch, size, MOST)
-    changes = () if estimate.fits(size) else tuple(_changes(recipe, rehearsal, size))
-    return Advice(estimate, size, changes, best)
+    changes = () if estimate.fits(size) else _changes(recipe, rehearsal, size)
+    helpful = tuple(change for change in changes if change.estimate.peak < estimate.peak)
+    return Advice(estimate, size, helpful, best)
 
 
 def _changes(recipe: Recipe, rehearsal: Rehearsal, size: int) -> Iterator[Change]:
@@ -140,12 +141,12 @@ def _settings(
     if settings.recompute == "nothing":
         words = "train.recompute=activations"
         found.append((words, EXACT, {"recompute": "activations"}))
+    if low and frozen and settings.frozen == "keep":
+        found.append(("train.frozen=bf16", EXACT, {"frozen": "bf16"}))
     if settings.gradient_checkpointing is not True:
         found.append((CHECKPOINTING, EXACT, {"gradient_checkpointing": True}))
     if not low:
         found.append(("train.precision=bf16", ROUNDING, {"precision": "bf16"}))
-    if low and frozen and settings.frozen == "keep":
-        found.append(("train.frozen=bf16", ROUNDING, {"frozen": "bf16"}))
     if low and settings.norms == "full":
         found.append(("train.norms=low", ROUNDING, {"norms": "low"}))
     if settings.optimizer == "adamw":

@@ -1,12 +1,12 @@
 """Make a run fit into the memory that its recipe names, or say what would: exact measures first.
 
-Only what the recipe leaves at its default is chosen: sizes that are `auto`, recomputed blocks, the
-size of a pass, and where no exact measure is enough, roundings. What is trained is never changed.
+Only what the recipe leaves at its default is chosen: sizes that are `auto`, how frozen weights are
+stored, which costs nothing, then recomputed blocks and the size of a pass, which cost time, and
+where no exact measure is enough, what rounds gradients. What is trained is never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +60,16 @@ def fit_to(recipe: Recipe, rehearsal: Rehearsal) -> Fit:
             f"train.micro_batch={settings.micro_batch} asks for passes of its own. Give one of the "
             "two in figures and leave the other out."
         )
-    for rounding in _roundings(recipe, rehearsal):
+    free = _free(settings, rehearsal)
+    found = _sized({}, settings, rehearsal, size) if free else None
+    if found is not None:
+        return found
+    for rounding in _roundings(settings):
         for exact in _exact(settings):
-            found = _sized({**rounding, **exact}, settings, rehearsal, size)
+            found = _sized({**free, **rounding, **exact}, settings, rehearsal, size)
             if found is not None:
                 return _with_fewest_blocks(found, exact, settings, rehearsal, size)
-        found = _in_smaller_passes({**rounding, **exact}, settings, rehearsal, size)
+        found = _in_smaller_passes({**free, **rounding, **exact}, settings, rehearsal, size)
         if found is not None:
             return found
     least = _with_numbers(recipe, rehearsal.processes)
@@ -86,23 +90,21 @@ def refusal(advice: Advice, memory: str) -> str:
     )
 
 
-def _roundings(recipe: Recipe, rehearsal: Rehearsal) -> Iterator[Changes]:
-    """None, then those that the recipe leaves open, one more at a time."""
-    settings, chosen = recipe.train, dict[str, Any]()
-    yield {}
-    if settings.precision == "fp32":
-        return
+def _free(settings: TrainSettings, rehearsal: Rehearsal) -> Changes:
+    """What changes no number and takes no time, where the recipe leaves it open."""
     frozen = any(not p.requires_grad for p in rehearsal.model.parameters())
-    if frozen and "frozen" not in settings.model_fields_set:
-        chosen["frozen"] = "bf16"
-        yield dict(chosen)
-    if "norms" not in settings.model_fields_set:
-        chosen["norms"] = "low"
-        yield dict(chosen)
+    is_open = settings.precision != "fp32" and "frozen" not in settings.model_fields_set
+    return {"frozen": "bf16"} if frozen and is_open else {}
+
+
+def _roundings(settings: TrainSettings) -> list[Changes]:
+    """None, then what rounds gradients, where the recipe leaves it open."""
+    is_open = settings.precision != "fp32" and "norms" not in settings.model_fields_set
+    return [{}, {"norms": "low"}] if is_open else [{}]
 
 
 def _exact(settings: TrainSettings) -> list[Changes]:
-    """Measures that change no number: recompute nothing, or every block."""
+    """Measures that change no number but take time: recompute nothing, or every block."""
     if "gradient_checkpointing" in settings.model_fields_set:
         return [{}]
     return [{}, {"gradient_checkpointing": True}]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from peft_vision.cli.memory import _print_advice
 from peft_vision.errors import BadSetting
 from peft_vision.memory.advice import EXACT, OTHER_RUN, advise
 from peft_vision.memory.estimate import rehearsal_of
@@ -26,22 +29,30 @@ def test_what_fits_is_left_as_it_is():
     assert "nothing has to be changed" in found.words("24GB")
 
 
-def test_the_fewest_blocks_are_recomputed_first():
+def test_what_costs_nothing_comes_first():
     made, rehearsal, size = small(20_000, "lora")
+    found = fit_to(made, rehearsal)
+    assert found.changes == {"frozen": "bf16"}
+    assert "train.frozen=bf16" in found.words("1GB")
+    assert found.estimate.fits(size)
+
+
+def test_the_fewest_blocks_are_recomputed():
+    made, rehearsal, size = small(20_000, "lora", frozen="keep")
     found = fit_to(made, rehearsal)
     assert found.changes == {"gradient_checkpointing": 1}
     assert found.estimate.fits(size)
 
 
 def test_what_the_recipe_says_is_not_touched():
-    made, rehearsal, size = small(20_000, "lora", gradient_checkpointing=False)
+    kept = {"frozen": "keep", "gradient_checkpointing": False}
+    made, rehearsal, size = small(20_000, "lora", **kept)
     found = fit_to(made, rehearsal)
     assert found.changes == {"micro_batch": 4}
     assert found.estimate.fits(size)
-    made, rehearsal, size = small(20_000, "lora", gradient_checkpointing=False, micro_batch=8)
+    made, rehearsal, size = small(20_000, "lora", **kept, micro_batch=8)
     found = fit_to(made, rehearsal)
-    assert found.changes == {"frozen": "bf16"}
-    assert "train.frozen=bf16" in found.words("1GB")
+    assert found.changes == {"norms": "low"}
 
 
 def test_automatic_sizes():
@@ -66,8 +77,17 @@ def test_what_cannot_fit_is_refused_with_the_price_of_each_change():
     with pytest.raises(BadSetting) as caught:
         fit_to(made, rehearsal)
     text = str(caught.value)
-    for words in ("gradient_checkpointing=true", "frozen=bf16", "norms=low", "nf4,lora", "(exact)"):
+    for words in ("gradient_checkpointing=true", "frozen=bf16", "norms=low", ".last=1", "(exact)"):
         assert words in text
+
+
+def test_only_what_helps_is_advised_and_brackets_are_shown(capsys):
+    made, rehearsal, size = small(20_000, "lora")
+    advice = advise(made, rehearsal, size)
+    assert all(change.estimate.peak < advice.estimate.peak for change in advice.changes)
+    change = dataclasses.replace(advice.changes[0], words="methods: [nf4,lora]")
+    _print_advice(dataclasses.replace(advice, changes=(change,)), "1GB")
+    assert "methods: [nf4,lora]" in capsys.readouterr().out
 
 
 def test_advice_is_priced_by_the_same_steps():
