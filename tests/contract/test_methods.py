@@ -29,7 +29,7 @@ ADAPTERS = [name for name in METHODS if issubclass(find(name), Adapter)]
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-def in_turn(names: list[str], share: int = 4) -> pytest.MarkDecorator:
+def in_turn(names: list[str], share: int = 6) -> pytest.MarkDecorator:
     """Each method on one of `share` families, in turn: every family meets a part of the methods.
 
     What a method does on all families is in its own tests; these laws are about what is shared.
@@ -102,7 +102,7 @@ def test_cost_never_rises_with_strength(family: str, method: str) -> None:
     assert costs[-1] < costs[0]
 
 
-@in_turn(ADAPTERS, 2)
+@in_turn(ADAPTERS, 4)
 def test_an_adapter_starts_as_the_identity_and_trains(family: str, method: str) -> None:
     model = model_of(family).double()
     x = images(model).double()
@@ -119,7 +119,7 @@ def test_an_adapter_starts_as_the_identity_and_trains(family: str, method: str) 
     assert len(moved) * 2 >= len(trained), "half of the tensors start behind a zero, no more"
 
 
-@in_turn(ADAPTERS, 2)
+@in_turn(ADAPTERS, 4)
 def test_merging_keeps_the_function_and_the_live_model(family: str, method: str) -> None:
     adapted = shaken(wrapped(model_of(family).double(), method))
     x = images(unwrap(adapted)).double()
