@@ -174,8 +174,9 @@ def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:
         "columns": ["", *[f"{ratio:g} of the MACs" for ratio in RATIOS]],
         "rows": rows(cells),
         "note": f"Fashion-MNIST, 84 px, {TESTED} test images, {seeds} seeds (deviation in "
-        "brackets): top-1 in %, training-free / after "
-        f"{EPOCHS} epoch ({TRAINED // 32} steps) on {TRAINED} images with distillation",
+        "brackets; without, one seed): top-1 in %, training-free (with "
+        f"{CALIBRATED} unlabeled images, `path_pruning` 128) / after {EPOCHS} epoch "
+        f"({TRAINED // 32} steps) on {TRAINED} images with distillation; a dash: not run",
         "machine": platform.machine(),
         "seed": list(range(seeds)),
         "versions": {name: version(name) for name in ("torch", "timm")},
