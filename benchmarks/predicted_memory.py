@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -69,7 +68,6 @@ def main() -> None:
 
 def write(cells: list[dict[str, Any]]) -> None:
     """The figures so far."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
     content = {
         "columns": [
             "recipe",
@@ -85,7 +83,6 @@ def write(cells: list[dict[str, Any]]) -> None:
         "of the whole command with its advice, on one thread of a machine with other work, and the "
         "memory that it held itself",
         "machine": f"{platform.machine()}, 1 thread",
-        "processor_seconds": children.ru_utime + children.ru_stime,
         "seed": None,
         "versions": {name: version(name) for name in ("torch", "timm", "peft")},
         "cells": cells,

@@ -133,15 +133,12 @@ def _settings(
     settings: TrainSettings, rehearsal: Rehearsal
 ) -> list[tuple[str, str, dict[str, Any]]]:
     """(words, kind, update) of the settings that are not there yet."""
-    frozen = any(
-        not p.requires_grad and p.is_floating_point() for p in rehearsal.model.parameters()
-    )
     low = settings.precision != "fp32"
     found: list[tuple[str, str, dict[str, Any]]] = []
     if settings.recompute == "nothing":
         words = "train.recompute=activations"
         found.append((words, EXACT, {"recompute": "activations"}))
-    if low and frozen and settings.frozen == "keep":
+    if low and rehearsal.has_frozen and settings.frozen == "keep":
         found.append(("train.frozen=bf16", EXACT, {"frozen": "bf16"}))
     if settings.gradient_checkpointing is not True:
         found.append((CHECKPOINTING, EXACT, {"gradient_checkpointing": True}))

@@ -92,9 +92,8 @@ def refusal(advice: Advice, memory: str) -> str:
 
 def _free(settings: TrainSettings, rehearsal: Rehearsal) -> Changes:
     """What changes no number and takes no time, where the recipe leaves it open."""
-    frozen = any(not p.requires_grad for p in rehearsal.model.parameters())
     is_open = settings.precision != "fp32" and "frozen" not in settings.model_fields_set
-    return {"frozen": "bf16"} if frozen and is_open else {}
+    return {"frozen": "bf16"} if rehearsal.has_frozen and is_open else {}
 
 
 def _roundings(settings: TrainSettings) -> list[Changes]:

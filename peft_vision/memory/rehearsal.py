@@ -47,6 +47,11 @@ class Rehearsal:
     classes: int = 0
     known: dict[str, MemoryEstimate] = field(default_factory=dict)
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether there are weights that are not trained and could be stored in fewer bits."""
+        return any(not p.requires_grad and p.is_floating_point() for p in self.model.parameters())
+
     def run(self, settings: TrainSettings) -> MemoryEstimate:
         """What a step under `settings` takes, optimizer state being there.
 
