@@ -32,7 +32,7 @@ from peft_vision.recovery import recover
 from peft_vision.training.settings import TrainSettings
 
 TARGET = Path(__file__).with_suffix(".json")
-RATIOS, RECOVERED = (0.8, 0.65, 0.5), (0.5,)
+RATIOS = (0.8, 0.65, 0.5)
 TRAINED, TESTED, CALIBRATED, EPOCHS, TRIALS = 768, 1000, 256, 1, 4
 RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "`magnitude`, weights alone": ("magnitude", {"images": 0}),
@@ -90,8 +90,6 @@ def run(folder: str, data: str, name: str, ratio: float | None, seed: int) -> di
         "free": accuracy(result.model, pixels, labels),
         "notes": result.notes,
     }
-    if ratio not in RECOVERED:
-        return found
     part = Split(limited(split.train, TRAINED, seed), limited(split.validation, 100, 0))
     settings = TrainSettings(
         epochs=EPOCHS,

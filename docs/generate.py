@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support_table import support_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -440,6 +441,10 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield fitting, filled(fitting.read_text(encoding="utf-8"), "recipes", predicted_memory())
     catalog = DOCS / "concepts" / "peft-catalog.md"
     yield catalog, filled(catalog.read_text(encoding="utf-8"), "support", peft_support())
+    matrix = json.loads((ROOT / "benchmarks" / "support_matrix.json").read_text(encoding="utf-8"))
+    backbones = DOCS / "reference" / "backbones.md"
+    text = backbones.read_text(encoding="utf-8")
+    yield backbones, filled(text, "support", support_table(matrix, table, taken(matrix)))
     yield DOCS / "methods" / "index.md", methods_index()
     yield DOCS / "reference" / "cli.md", cli_reference()
 

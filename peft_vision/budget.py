@@ -11,8 +11,8 @@ from peft_vision.errors import BadBudget
 
 Quantity = Literal["flops", "params", "latency_ms"]
 
-BAND = 0.98
-"""A result lies in (BAND, 1.00] of its budget."""
+LEAST = 0.98
+"""A result lies in (LEAST, 1.00] of its budget."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _FIGURE = re.compile(
@@ -81,8 +81,8 @@ class Budget:
         return self.value * base if self.relative else self.value
 
     def met(self, cost: float, base: float) -> bool:
-        """Whether `cost` lies in (BAND, 1.00] of the limit."""
-        return BAND * self.limit(base) < cost <= self.limit(base)
+        """Whether `cost` lies in (LEAST, 1.00] of the limit."""
+        return LEAST * self.limit(base) < cost <= self.limit(base)
 
 
 def parse_one(

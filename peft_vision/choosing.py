@@ -16,7 +16,9 @@ from peft_vision.mixing import Mix
 from peft_vision.plan import Decisions
 from peft_vision.presets import expand
 
-DEFAULT, EXACT = "balanced", "exact"
+DEFAULT, MORE, EXACT = "balanced", "factors", "exact"
+"""Presets: what is taken where nothing is named; what is added where that is not enough; and what
+is always taken first."""
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,22 @@ class Chosen:
 
 def choose(
     base: nn.Module,
-    asked: str | Method | Sequence[str | Method] | None,
+    asked: str | Method | Sequence[str | Method],
     quantity: Quantity,
     evidence: Evidence,
+    *,
+    explicit: bool = True,
 ) -> Chosen:
     """The methods asked for that help with the budget, and exact ones before them.
+
+    Args:
+        explicit: a user named them; else those that cannot act here are left out with a note.
 
     Raises:
         UnknownName, BadSetting: a name or a setting does not exist.
         UnsupportedSite: a method that was named cannot act on this model, or none can.
     """
-    kept, notes = _usable(base, _resolve(asked), quantity, evidence, explicit=asked is not None)
+    kept, notes = _usable(base, _resolve(asked), quantity, evidence, explicit=explicit)
     if not kept:
         raise UnsupportedSite("No method can act on this model. " + " ".join(notes))
     exact = [m for m in _resolve(EXACT) if not any(type(m) is type(other) for other in kept)]
@@ -94,9 +101,8 @@ def choose(
     return chosen.mixed((1.0,) * len(chosen.spending))
 
 
-def _resolve(methods: str | Method | Sequence[str | Method] | None) -> list[Method]:
-    given = DEFAULT if methods is None else methods
-    listed = [given] if isinstance(given, str | Method) else list(given)
+def _resolve(methods: str | Method | Sequence[str | Method]) -> list[Method]:
+    listed = [methods] if isinstance(methods, str | Method) else list(methods)
     if not listed:
         raise BadSetting("methods is empty; name at least one.")
     found: list[Method] = []

@@ -2,14 +2,15 @@
 
 Where heads or hidden units leave a block, the linear that reads them is fitted again, in closed
 form, on calibration images (CORP; SparseGPT and others do the same for single weights). Blocks are
-done from first to last on the prefix that is already pruned. Only the values of weights change;
-nothing of it is in the plan.
+done from first to last on the prefix that is already pruned. In the end batch norms take their
+statistics again. Only the values of weights change; nothing of it is in the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,12 @@ from peft_vision.applying import in_order
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
 from peft_vision.calibration import Moments, Walk, consumer_of, noting, rows_of
+from peft_vision.decomposers._outputs import ByOutputs
 from peft_vision.errors import BadSetting
 from peft_vision.layers.absent import Absent
+from peft_vision.layers.batch_statistics import batch_norms, estimate_again
 from peft_vision.layers.linear_mlp import LinearMlp
+from peft_vision.layers.showing import show
 from peft_vision.layers.votes import Half
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
@@ -108,10 +112,15 @@ def apply_compensated(
             _walk(model, method, decided, per_block, Walk(backbone, batches), how)
         done = {key for keys in per_block.values() for key in keys}
         rest = {key: value for key, value in decided.items() if key not in done}
-        if rest:
+        if rest and how.how != "none" and isinstance(method, ByOutputs):
+            method.apply_on(view(model), rest, batches)
+        elif rest:
             method.apply(view(model), rest)
 
-    return in_order(model, methods, decisions, carry_out)
+    carried_out = in_order(model, methods, decisions, carry_out)
+    if how.how != "none" and any(carried_out) and batch_norms(model):
+        estimate_again(model, partial(show, model, batches))
+    return carried_out
 
 
 def _by_block(backbone: Backbone, decided: Decisions) -> dict[int, list[str]]:

@@ -16,14 +16,19 @@ from peft_vision.applying import apply_all
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import device_of
 from peft_vision.budget import Budget, Quantity, parse_one
-from peft_vision.choosing import Chosen, choose
+from peft_vision.choosing import DEFAULT, MORE, Chosen, choose
 from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import Cost, input_size, measure, unwrap
 from peft_vision.data import preprocessing
 from peft_vision.data.image_set import batches_of
 from peft_vision.data.source import open_for_calibration
-from peft_vision.errors import BadSetting, BudgetUnreachable, UnsupportedBackbone
+from peft_vision.errors import (
+    BadSetting,
+    BudgetUnreachable,
+    UnsupportedBackbone,
+    UnsupportedSite,
+)
 from peft_vision.history import History, fingerprint
 from peft_vision.layers.showing import images_of
 from peft_vision.mask_training import prepare
@@ -33,7 +38,7 @@ from peft_vision.mixing import Mix, best_mix, divergence
 from peft_vision.plan import Decisions, Step
 from peft_vision.pricing import Pricing
 from peft_vision.result import Result, kinds_of
-from peft_vision.search import Found, in_band, search
+from peft_vision.search import Found, meets, search
 from peft_vision.tasks.classification import logits_of
 from peft_vision.wrapping import is_adapted
 
@@ -58,8 +63,9 @@ def compress(
         target_flops: at most this: a ratio in (0, 1], or FLOPs such as ``1.8G`` or ``0.9GMACs``.
         target_params: a ratio or a count such as ``9M``.
         target_latency_ms: milliseconds per batch of `batch_size`, on the device the model is on.
-        methods: names, presets or Method objects; by default the preset "balanced". Methods that
-            cost no accuracy (preset "exact") are applied first in any case.
+        methods: names, presets or Method objects; by default the preset "balanced", and with it
+            "factors" where the first cannot act or does not reach the budget, which a note then
+            says. Methods that cost no accuracy (preset "exact") are applied first in any case.
         data: what methods decide by, and what the layers that are left are fitted again on: a
             folder of images (512 are drawn; labels are not needed), or batches of images B 3 H W or
             of (images, labels).
@@ -78,25 +84,65 @@ def compress(
         BadSetting: `compensate` or `trials` is out of range, or the data hold no images.
     """
     start = time.perf_counter()
-    budget = parse_one(target_flops, target_params, target_latency_ms)
-    how = Compensation(compensate)  # type: ignore[arg-type]
+    asked = _Asked(
+        model,
+        parse_one(target_flops, target_params, target_latency_ms),
+        data,
+        Compensation(compensate),  # type: ignore[arg-type]
+        trials,
+        image_size,
+        batch_size,
+    )
     if trials < 1:
         raise BadSetting(f"trials is {trials}; 1 or more works.")
-    base, history = _without_adapters(model)
-    batches = None if data is None else _held(data, base, history)
-    chosen = choose(base, methods, budget.quantity, Evidence(batches))
-    before = measure(base, image_size)
+    result = _by_default(asked) if methods is None else _compressed(asked, methods)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+@dataclass(frozen=True)
+class _Asked:
+    model: nn.Module
+    budget: Budget
+    data: Any
+    how: Compensation
+    trials: int
+    image_size: tuple[int, int] | int | None
+    batch_size: int
+
+
+def _by_default(asked: _Asked) -> Result:
+    """By the default preset, and where it fails with more methods."""
+    try:
+        return _compressed(asked, DEFAULT, explicit=False)
+    except (UnsupportedSite, BudgetUnreachable) as reason:
+        try:
+            result = _compressed(asked, (DEFAULT, MORE), explicit=False)
+        except (UnsupportedSite, BudgetUnreachable):
+            raise reason from None
+        result.notes.insert(0, f"{MORE} were used, too, because without: {reason}")
+        return result
+
+
+def _compressed(
+    asked: _Asked, methods: str | Method | Sequence[str | Method], *, explicit: bool = True
+) -> Result:
+    budget, size = asked.budget, asked.image_size
+    base, history = _without_adapters(asked.model)
+    batches = None if asked.data is None else _held(asked.data, base, history)
+    chosen = choose(base, methods, budget.quantity, Evidence(batches), explicit=explicit)
+    before = measure(base, size)
     history.before = history.before or before.to_json()
     history.fingerprint = history.fingerprint or fingerprint(base)
-    pricing = Pricing(base, chosen.methods, budget.quantity, image_size, batch_size)
+    pricing = Pricing(base, chosen.methods, budget.quantity, size, asked.batch_size)
     share = budget.limit(pricing.base_cost(before)) / pricing.base_cost(before)
-    base = _with_training(base, chosen, data, min(1.0, share), image_size)
-    pricing = Pricing(base, chosen.methods, budget.quantity, image_size, batch_size)
-    job = _Job(base, chosen, pricing, budget, before, batches, how)
+    base = _with_training(base, chosen, asked.data, min(1.0, share), size)
+    pricing = Pricing(base, chosen.methods, budget.quantity, size, asked.batch_size)
+    job = _Job(base, chosen, pricing, budget, before, batches, asked.how)
     training = base.training
     try:
         base.eval()
-        built = _spend(job, trials)
+        built = _spend(job, asked.trials)
     finally:
         base.train(training)
     built.model.train(training)
@@ -109,7 +155,7 @@ def compress(
         limit=job.limit,
         got=built.got,
         plan=history.plan,
-        seconds=time.perf_counter() - start,
+        seconds=0.0,
         tried=built.found.tried,
         notes=chosen.notes,
         kinds=kinds_of(base),
@@ -260,7 +306,7 @@ def _find(job: _Job) -> _Built:
             return _find(job.without_exact())
         _require(found, job, limit)
         built = _build(job, replace(found, tried=tried))
-        if in_band(built.got, limit):
+        if meets(built.got, limit):
             return built
         aim *= 0.99 * limit / built.got
     spoken = _message(job, limit, replace(found, cost=built.got))
@@ -271,7 +317,7 @@ def _overshot(job: _Job, found: Found, limit: float) -> bool:
     """Whether the exact steps, which are taken whole, have brought the cost below the band."""
     has_exact = len(job.chosen.spending) < len(job.chosen.methods)
     reachable = found.smallest <= limit and found.strength > 0
-    return has_exact and reachable and not job.timed and not in_band(found.cost, limit)
+    return has_exact and reachable and not job.timed and not meets(found.cost, limit)
 
 
 def _build(job: _Job, found: Found) -> _Built:
@@ -314,7 +360,7 @@ def _without_adapters(model: nn.Module) -> tuple[nn.Module, History]:
 def _require(found: Found, job: _Job, limit: float) -> None:
     if job.timed and found.cost <= limit and found.strength > 0:
         return
-    if not in_band(found.cost, limit) and not (found.strength == 0.0 and job.budget.relative):
+    if not meets(found.cost, limit) and not (found.strength == 0.0 and job.budget.relative):
         raise BudgetUnreachable(_message(job, limit, found))
 
 

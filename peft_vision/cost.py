@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vision.backbones import view
-from peft_vision.backbones.sites import device_of
+from peft_vision.backbones.sites import Backbone, device_of
 from peft_vision.errors import BadSetting
+from peft_vision.layers.ownership import plain_of
 from peft_vision.layers.quantized import Quantized
 
 T = TypeVar("T")
@@ -126,7 +127,8 @@ def input_size(
     Raises:
         BadSetting: the model does not say and `image_size` is None.
     """
-    said = view(unwrap(model)).input_size
+    seen = view(unwrap(model))
+    said = seen.input_size
     if image_size is None:
         if said is None:
             raise BadSetting(
@@ -135,7 +137,13 @@ def input_size(
             )
         return said
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return (said[0] if said else 3, height, width)
+    return (said[0] if said else _channels(seen), height, width)
+
+
+def _channels(seen: Backbone) -> int:
+    """What the first convolution takes; 3 where there is none."""
+    weight = getattr(plain_of(seen.convs[0].layer), "weight", None) if seen.convs else None
+    return 3 if weight is None else int(weight.shape[1])
 
 
 def measure(model: nn.Module, image_size: tuple[int, int] | int | None = None) -> Cost:
@@ -168,8 +176,18 @@ def count_flops(meta: nn.Module, size: tuple[int, int, int]) -> int:
     if any(isinstance(module, Quantized) for module in meta.modules()):
         meta = twin(meta)  # torch does not see the kernels of packed weights
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        meta.eval()(images)
+        run_images(meta.eval(), images)
     return int(counter.get_total_flops())
+
+
+def run_images(model: nn.Module, images: Tensor) -> Any:
+    """What `model` makes of images, B C H W; of one that takes more than images, its tower's part.
+
+    Args:
+        model: plain, or with adapters in its layers.
+    """
+    run = view(model).run
+    return model(images) if run is None else run(model, images)
 
 
 def example_input_of(meta: nn.Module, size: tuple[int, int, int]) -> Tensor:

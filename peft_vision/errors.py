@@ -33,6 +33,10 @@ class GradientMissing(PeftVisionError):
     """Adapters that would not train, proven by a forward and backward pass."""
 
 
+class GradientUnproven(GradientMissing):
+    """Whether adapters train could not be shown: the model cannot be run on what was given."""
+
+
 class BadBudget(PeftVisionError):
     """A budget that cannot be read."""
 

@@ -97,6 +97,7 @@ def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> 
         raise DamagedArtifact(f"{folder} has no {WEIGHTS}. Other formats are never read.")
     model: nn.Module = replay(_structure(history.source, base), history, empty=True)
     plain = unwrap(model)
+    shared = _shared(plain)
     try:
         plain.load_state_dict(read_weights(folder / WEIGHTS), strict=True, assign=True)
     except RuntimeError as error:
@@ -104,10 +105,22 @@ def _load_compressed(folder: Path, history: History, base: nn.Module | None) -> 
             f"The weights of {folder} do not fit the model that its record describes: "
             f"{str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else error}"
         ) from error
+    for (owner, attribute), *others in shared:
+        for other, name in others:
+            setattr(other, name, getattr(owner, attribute))
     empty = [n for n, t in (*plain.named_parameters(), *plain.named_buffers()) if t.is_meta]
     if empty:
         raise DamagedArtifact(f"{folder} has no numbers for {', '.join(empty[:3])}.")
     return model
+
+
+def _shared(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The places of each parameter that has several; loading gives every place one of its own."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append((module, name))
+    return [found for found in places.values() if len(found) > 1]
 
 
 def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
@@ -127,7 +140,7 @@ def replay(model: nn.Module, history: History, *, empty: bool) -> Any:
         except KeyError as error:
             raise DamagedArtifact(f"The plan names a site {error} that the base lacks.") from error
         if isinstance(method, Adapter) and number >= history.merged:
-            wrapped = adapt(wrapped or model, method, so_far, empty=empty)
+            wrapped = adapt(wrapped or model, method, so_far, empty=empty, again=True)
     if wrapped is None:
         return CompressedModel(model, history)
     wrapped.history = history

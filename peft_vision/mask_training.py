@@ -32,7 +32,7 @@ from peft_vision.merging import merge
 from peft_vision.method import Evidence, Trained, make
 from peft_vision.plan import Decisions, Plan, Step
 from peft_vision.pricing import Pricing
-from peft_vision.search import in_band, search
+from peft_vision.search import meets, search
 from peft_vision.tasks.classification import logits_of
 from peft_vision.tasks.task import Batch, Task
 from peft_vision.training.fit import fit
@@ -284,7 +284,7 @@ def _to_budget(
         return [method.decide(backbone, strength, evidence)]
 
     found = search(decide, pricing, limit)
-    if not in_band(found.cost, limit) and found.strength > 0:
+    if not meets(found.cost, limit) and found.strength > 0:
         raise BudgetUnreachable(
             f"FLOPs of at most {limit / 1e9:.4f} G were asked (target {budget.asked}); the nearest "
             f"below is {found.cost / 1e9:.4f} G and the smallest reachable "

@@ -42,10 +42,11 @@ class Stage(IntEnum):
     EXACT = 0
     DEPTH = 1
     WIDTH = 2
-    TOKENS = 3
-    ADAPT = 4
-    ROUTE = 5
-    QUANTIZE = 6
+    FACTOR = 3
+    TOKENS = 4
+    ADAPT = 5
+    ROUTE = 6
+    QUANTIZE = 7
 
 
 @dataclass

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from peft_vision.backbones import view
-from peft_vision.cost import example_input_of, input_size, on_twin, unwrap
-from peft_vision.errors import GradientMissing
+from peft_vision.backbones.sites import device_of
+from peft_vision.cost import example_input_of, input_size, on_twin, run_images, unwrap
+from peft_vision.errors import GradientMissing, GradientUnproven
 
 USUAL_SIZE = 224
 
 
-def prove_gradient(model: nn.Module, image_size: tuple[int, int] | int | None = None) -> int:
+def prove_gradient(
+    model: nn.Module, image_size: tuple[int, int] | int | None = None, inputs: Any = None
+) -> int:
     """Prove that every trained tensor receives gradient, by a forward and backward pass on `meta`.
 
     No memory is used and no number is read: what is shown is that each trainable tensor is part of
@@ -25,21 +30,25 @@ def prove_gradient(model: nn.Module, image_size: tuple[int, int] | int | None = 
 
     Args:
         image_size: for models that do not say theirs; 224 is tried then.
+        inputs: for models that take more than images: a tuple of arguments, or a mapping.
 
     Returns:
         How many trainable tensors were proven.
 
     Raises:
-        GradientMissing: some are not reached, by name; or the proof cannot be made.
+        GradientMissing: some are not reached, by name. GradientUnproven: the proof cannot be made.
     """
     plain = unwrap(model)
     size = input_size(plain, image_size or (None if view(plain).input_size else USUAL_SIZE))
+    run = partial(_shown, size) if inputs is None else partial(_called, inputs)
     try:
-        wanted = on_twin(plain, lambda copy: _trained_once(copy, size))
+        wanted = on_twin(plain, lambda copy: _trained_once(copy, run))
     except (RuntimeError, ValueError, TypeError) as error:
-        raise GradientMissing(
-            f"Whether the adapters train could not be shown: one image of {size} fails in "
-            f"{type(plain).__name__} ({error}). Pass image_size=(H, W)."
+        tried = f"one image of {size} fails" if inputs is None else "the inputs given fail"
+        raise GradientUnproven(
+            f"Whether the adapters train could not be shown: {tried} in {type(plain).__name__} "
+            f"({error}). Pass image_size=(H, W), or inputs=, a tuple of the arguments of a model "
+            "that takes more than images."
         ) from error
     silent = [name for name, p in wanted if p.grad is None]
     if silent or not wanted:
@@ -51,11 +60,24 @@ def prove_gradient(model: nn.Module, image_size: tuple[int, int] | int | None = 
     return len(wanted)
 
 
-def _trained_once(model: nn.Module, size: tuple[int, int, int]) -> list[tuple[str, nn.Parameter]]:
+def _trained_once(
+    model: nn.Module, run: Callable[[nn.Module], Any]
+) -> list[tuple[str, nn.Parameter]]:
     """The trainable parameters of `model`, after one backward pass."""
     with torch.enable_grad():
-        torch.autograd.backward(total(model.train()(example_input_of(model, size))))
+        torch.autograd.backward(total(run(model.train())))
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _shown(size: tuple[int, int, int], model: nn.Module) -> Any:
+    """The model on two images: batch norms refuse a single value per channel in training."""
+    return run_images(model, example_input_of(model, size).expand(2, -1, -1, -1))
+
+
+def _called(inputs: Any, model: nn.Module) -> Any:
+    """The model on what it was said to take, moved to where it is."""
+    given = tree_map_only(Tensor, lambda tensor: tensor.to(device_of(model)), inputs)
+    return model(**given) if isinstance(given, Mapping) else model(*given)
 
 
 def total(output: Any) -> Tensor:

@@ -90,7 +90,7 @@ class Result:
         self.model.save_pretrained(folder, overwrite=overwrite)
         if self.budget.quantity == "latency_ms" or self.model.history.source is None:
             return
-        again = measure(load(folder))
+        again = measure(load(folder), self.cost.image_size)
         if (again.flops, again.params) != (self.cost.flops, self.cost.params):
             raise BudgetUnreachable(
                 f"{folder} reloads as {again}, but {self.cost} was counted before saving."

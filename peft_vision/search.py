@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peft_vision.budget import BAND
+from peft_vision.budget import LEAST
 from peft_vision.plan import Decisions
 
 Decide = Callable[[float], list[Decisions]]
@@ -200,6 +200,6 @@ def _mixed(best: Sequence[Decisions], weaker: Sequence[Decisions], group: Group)
     return mixed
 
 
-def in_band(cost: float, limit: float) -> bool:
-    """Whether a cost lies in (BAND, 1.00] of the limit."""
-    return BAND * limit < cost <= limit
+def meets(cost: float, limit: float) -> bool:
+    """Whether a cost lies in (LEAST, 1.00] of the limit."""
+    return LEAST * limit < cost <= limit

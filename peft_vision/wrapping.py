@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from peft_vision.backbones import view
 from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import measure, unwrap
-from peft_vision.errors import BadSetting
+from peft_vision.errors import BadSetting, GradientUnproven
 from peft_vision.history import History, fingerprint
 from peft_vision.lookup import stems
 from peft_vision.method import Adapter, Evidence, Method, find, make, name_of
@@ -31,6 +32,7 @@ def wrap(
     quantize: str | None = None,
     data: Any = None,
     image_size: tuple[int, int] | int | None = None,
+    inputs: Any = None,
     **settings: Any,
 ) -> AdaptedModel | CompressedModel:
     """Put a method, or a preset of several, onto a model, in place.
@@ -42,6 +44,8 @@ def wrap(
         data: (images, labels) batches for methods that decide by data; what a pruner leaves is then
             fitted again on them, as by `compress`.
         image_size: height and width, for models that do not say theirs.
+        inputs: for adapters on models that take more than images: a tuple of arguments, or a
+            mapping, by which it is proven that every adapter trains.
         settings: the method's settings; each card lists them. Those of a preset go to each of its
             methods that has a setting of that name.
 
@@ -59,7 +63,7 @@ def wrap(
             f"Settings {sorted(settings)} were given beside a Method that has its own."
         )
     for one in (*_quantizer(quantize), *steps):
-        model = _wrap_one(model, one, data, image_size)
+        model = _wrap_one(model, one, data, image_size, inputs)
     return model  # type: ignore[return-value]
 
 
@@ -90,7 +94,11 @@ def _methods(name: str, settings: dict[str, Any]) -> list[Method]:
 
 
 def _wrap_one(
-    model: nn.Module, method: Method, data: Any, image_size: tuple[int, int] | int | None
+    model: nn.Module,
+    method: Method,
+    data: Any,
+    image_size: tuple[int, int] | int | None,
+    inputs: Any,
 ) -> nn.Module:
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
@@ -98,8 +106,10 @@ def _wrap_one(
     decisions = method.decide(backbone, method.strength, evidence)
     if isinstance(method, Adapter) and not decisions:
         raise BadSetting("The adapter has no targets at strength 0.")
-    if history.before is None and (backbone.input_size or image_size):
-        history.before = measure(inner, image_size).to_json()
+    if history.before is None and inputs is None and (backbone.input_size or image_size):
+        # Where one image alone is not enough for the model, the proof of gradient says so.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            history.before = measure(inner, image_size).to_json()
     if history.fingerprint is None:
         history.fingerprint = fingerprint(backbone.core, [s.layer for s in backbone.classifier])
     step = Step(name_of(method), method.settings(), method.strength, decisions)
@@ -109,7 +119,7 @@ def _wrap_one(
         with torch.no_grad():
             apply_compensated(inner, [method], [decisions], evidence.batches, Compensation())
     if isinstance(method, Adapter):
-        adapted = adapt(model, method, history.then(step), image_size=image_size)
+        adapted = adapt(model, method, history.then(step), image_size=image_size, inputs=inputs)
         method.learn(view(unwrap(adapted)), step.decisions, evidence)
         return adapted
     if is_adapted(model):
@@ -124,13 +134,17 @@ def adapt(
     history: History,
     *,
     image_size: tuple[int, int] | int | None = None,
+    inputs: Any = None,
     empty: bool = False,
+    again: bool = False,
 ) -> AdaptedModel:
     """Have the last step of a history, which has been applied, trained; and prove that it trains.
 
     Args:
         model: a plain, compressed or adapted model.
         empty: leave what PEFT injects on `meta`, to be loaded.
+        again: it was proven when it was made; a model that cannot be run on images alone is loaded
+            without another proof.
 
     Raises:
         BadSetting: the model carries an adapter of PEFT's already and this is another.
@@ -149,7 +163,8 @@ def adapt(
     adapted.train_parts()
     if not empty:
         method.start(view(unwrap(adapted)), decisions)
-        prove_gradient(adapted, image_size)
+        with contextlib.suppress(GradientUnproven) if again else contextlib.nullcontext():
+            prove_gradient(adapted, image_size, inputs)
     return adapted
 
 

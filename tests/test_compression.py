@@ -202,3 +202,26 @@ def test_a_removed_branch_leaves_its_mean(tiny_timm: Tiny) -> None:
     assert left
     # The class token's, which is all that the last block computes where nothing else is read.
     assert all(bool(m.first.abs().sum() > 0) for m in left if m.first is not None)
+
+
+class Narrow(nn.Module):
+    """Three convolutions that a sum couples with the images: no channel can be removed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(48, 48, 3, padding=1) for _ in range(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self.layers:
+            images = images + layer(images)
+        return images
+
+
+def test_by_default_layers_are_factored_where_nothing_can_be_removed() -> None:
+    torch.manual_seed(0)
+    result = pv.compress(Narrow().eval(), target_flops=0.5, image_size=8)
+    assert 0.49 < result.ratio <= 0.5
+    assert [step.method for step in result.plan.steps] == ["tucker"]
+    assert "factors were used, too" in result.notes[0]
+    with pytest.raises(UnsupportedSite):
+        pv.compress(Narrow().eval(), target_flops=0.5, image_size=8, methods="magnitude")

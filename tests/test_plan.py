@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vision.budget import BAND, Budget, parse_one
+from peft_vision.budget import LEAST, Budget, parse_one
 from peft_vision.errors import BadBudget, CannotWrite, DamagedArtifact, OutputExists
 from peft_vision.files import staged_folder, write_json_atomic
 from peft_vision.lookup import nearest, unknown
@@ -80,7 +80,7 @@ def test_the_band_is_open_below_and_closed_above(ratio: float, base: float) -> N
     budget = Budget.parse("flops", ratio)
     limit = budget.limit(base)
     assert budget.met(limit, base)
-    assert not budget.met(limit * BAND * (1 - 1e-12), base)
+    assert not budget.met(limit * LEAST * (1 - 1e-12), base)
     assert not budget.met(limit * (1 + 1e-9), base)
 
 

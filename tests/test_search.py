@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vision.plan import Decisions
-from peft_vision.search import GOOD, in_band, search
+from peft_vision.search import GOOD, meets, search
 
 
 class Fine:
@@ -35,7 +35,7 @@ def test_every_reachable_limit_is_met(limit: float) -> None:
     found = search(problem.decide, problem.price, limit)
     assert problem.price(found.decisions) == found.cost
     assert found.cost <= limit
-    assert in_band(found.cost, limit)
+    assert meets(found.cost, limit)
 
 
 def test_filling_is_finer_than_the_common_strength() -> None:
@@ -76,6 +76,6 @@ def test_two_methods_share(limit: float) -> None:
         return one.price(decisions[:1]) * tokens
 
     found = search(decide, price, limit)
-    assert in_band(found.cost, limit)
+    assert meets(found.cost, limit)
     assert found.decisions[0]
     assert found.decisions[1]

@@ -21,9 +21,9 @@ def check_targets(targets: Sequence[str]) -> None:
     """Refuse words that name no layers.
 
     Raises:
-        BadSetting: some target is none of "linears", "convs", a group or a role.
+        BadSetting: some target is none of "auto", "linears", "convs", a group or a role.
     """
-    known = {"linears", "convs", *GROUPS, *ROLES}
+    known = {"auto", "linears", "convs", *GROUPS, *ROLES}
     if not targets or any(target not in known for target in targets):
         raise BadSetting(f"targets is {list(targets)!r}; possible: {', '.join(sorted(known))}.")
 
@@ -35,12 +35,16 @@ def chosen_layers(backbone: Backbone, targets: Sequence[str]) -> list[LayerSite]
         UnsupportedSite: the backbone has none of them; the message names those it has.
     """
     wanted = {role for t in targets for role in GROUPS.get(t, (t,))}
+    if "auto" in wanted:
+        wanted |= _automatic(backbone)
     chosen: list[LayerSite] = []
     if "linears" in wanted:
         backbone.require("linears")
         chosen += backbone.linears
     else:
         chosen += [site for site in backbone.linears if site.role in wanted]
+        dense = (site for site in backbone.convs if _is_dense(site.layer))
+        chosen += [site for site in dense if site.role in wanted and "convs" not in wanted]
     if "convs" in wanted:
         backbone.require("convs")
         # Updates of grouped convolutions cannot be merged, and depthwise ones outgrow the layer.
@@ -52,6 +56,19 @@ def chosen_layers(backbone: Backbone, targets: Sequence[str]) -> list[LayerSite]
             f"Its linears are: {', '.join(found) or 'none'}."
         )
     return chosen
+
+
+def _automatic(backbone: Backbone) -> set[str]:
+    """The linears, and in models that compute mostly with convolutions those, too."""
+    linears, convs = (sum(_size(s.layer) for s in k) for k in (backbone.linears, backbone.convs))
+    if linears >= convs:
+        return {"linears"}
+    return {"linears", "convs"} if linears else {"convs"}
+
+
+def _size(layer: nn.Module) -> int:
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    return 0 if weight is None else int(weight.numel())
 
 
 def split_paths(backbone: Backbone, keys: Iterable[str]) -> tuple[list[str], list[str]]:

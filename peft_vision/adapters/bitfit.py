@@ -18,7 +18,7 @@ from peft_vision.adapters._classifier import (
 )
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone
-from peft_vision.cost import example_input_of, input_size, twin
+from peft_vision.cost import example_input_of, input_size, run_images, twin
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.biases import Bias, biases_in
 from peft_vision.layers.ownership import plain_of
@@ -110,7 +110,7 @@ def _unread(model: nn.Module) -> set[str]:
         getattr(bias.owner, bias.attribute).requires_grad_(True)
     try:
         with torch.enable_grad():
-            torch.autograd.backward(total(meta.eval()(example_input_of(meta, size))))
+            torch.autograd.backward(total(run_images(meta.eval(), example_input_of(meta, size))))
     except (RuntimeError, ValueError, TypeError):
         return set()
     return {b.label for b in found if getattr(b.owner, b.attribute).grad is None}

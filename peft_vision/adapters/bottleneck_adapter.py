@@ -129,7 +129,8 @@ def _places(backbone: Backbone) -> Iterator[tuple[str, LayerSite | HiddenSite]]:
         if layer.role in ("out", "down"):
             yield f"{layer.key}.bottleneck", layer
     for hidden in backbone.hidden:
-        yield f"blocks.{hidden.block}.mlp.bottleneck", hidden
+        if hidden.is_module:
+            yield f"{hidden.key.removesuffix('.hidden')}.mlp.bottleneck", hidden
 
 
 def _present(backbone: Backbone) -> Iterator[tuple[str, Bottleneck]]:

@@ -41,9 +41,10 @@ class Lora(Adapter):
     dropout: float = 0.0
     """Dropout on the input of the update, in [0, 1)."""
 
-    targets: tuple[str, ...] = ("linears",)
+    targets: tuple[str, ...] = ("auto",)
     """Which layers: "linears" (all but the classifier), "convs" (ungrouped ones), "attention",
-    "mlp", or roles (q, k, v, qkv, out, up, gate, down)."""
+    "mlp", or roles (q, k, v, qkv, out, up, gate, down). "auto": the linears, and with them the
+    convolutions of a model that holds most of its weights in those."""
 
     train_head: bool = True
     """Train the classifier in full and save it with the adapter."""

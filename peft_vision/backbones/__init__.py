@@ -14,7 +14,7 @@ from peft_vision.backbones.sites import Backbone
 from peft_vision.lookup import stems
 
 FALLBACK = "generic"
-INFRASTRUCTURE = ("sites", "assembly", "positions", "width", FALLBACK)
+INFRASTRUCTURE = ("sites", "assembly", "channels", "positions", "width", FALLBACK)
 
 
 def families() -> list[str]:

@@ -20,6 +20,7 @@ from peft_vision.layers.absent import Absent
 from peft_vision.layers.attention import AttentionParts
 from peft_vision.layers.block import BlockParts, attention_of, mlp_of
 from peft_vision.layers.bottleneck import inside, place_inside
+from peft_vision.layers.factorized import earlier_factors, last_factor
 from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.ownership import plain_of
@@ -28,6 +29,7 @@ from peft_vision.layers.split_linear import SplitLinear
 from peft_vision.layers.trunk import Trunk, blocks_in
 
 ABSENT = object()
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,17 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
     ]
     for owner, name, role in named:
         label = "head_gate" if role == "other" else role
-        yield LayerSite(f"blocks.{index}.{label}", *place_inside(owner, name), role, index)
+        place = last_factor(*place_inside(owner, name))
+        yield LayerSite(f"blocks.{index}.{label}", *place, role, index)
+    for part in (attention_of(block, parts), mlp_of(block, parts)):
+        yield from _factors(part, index)
+
+
+def _factors(part: nn.Module, index: int) -> Iterator[LayerSite]:
+    """The factors of chains in an attention module or an MLP but the last, which has the role."""
+    for name, _ in part.named_children():
+        for number, place in enumerate(earlier_factors(*place_inside(part, name))):
+            yield LayerSite(f"blocks.{index}.{name}.factor{number}", *place, "other", index)
 
 
 Named = tuple[nn.Module, str, Role]
@@ -84,7 +96,7 @@ def _in_attention(attention: nn.Module, parts: BlockParts) -> Iterator[Named]:
         return
     roles: Sequence[Role] = ("q", "k", "v") if len(parts.attention_parts.qkv) == 3 else ("qkv",)
     for name, role in zip(parts.attention_parts.qkv, roles, strict=True):
-        layer = getattr(attention, name)
+        layer = getattr(*last_factor(attention, name))
         if isinstance(layer, SplitLinear):
             yield from ((layer, "q", "q"), (layer, "k", "k"), (layer, "v", "v"))
         else:
@@ -145,9 +157,9 @@ def lacking(container: nn.Module, parts: BlockParts) -> str:
 
 
 def _attention_names(parts: AttentionParts) -> tuple[str, ...]:
-    always = (*parts.qkv, parts.out, parts.head_dim, *parts.heads, *parts.width)
+    always = (*parts.qkv, parts.out, *parts.heads, *parts.width)
     norms = (parts.q_norm, parts.k_norm, parts.norm)
-    optional = (*norms, parts.gate, parts.dropout, parts.out_dropout)
+    optional = (parts.head_dim, *norms, parts.gate, parts.dropout, parts.out_dropout)
     return (*always, *(name for name in optional if name is not None))
 
 
@@ -169,9 +181,9 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_conv(layer: nn.Module) -> bool:
-    """A 2-d convolution, or a wrapper of somebody's around one."""
+    """A convolution over one, two or three axes, or a wrapper of somebody's around one."""
     inner = _wrapped(layer)
-    return isinstance(layer, nn.Conv2d) or (inner is not None and is_conv(inner))
+    return isinstance(layer, CONVS) or (inner is not None and is_conv(inner))
 
 
 def _wrapped(layer: nn.Module) -> nn.Module | None:

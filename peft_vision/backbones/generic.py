@@ -101,5 +101,14 @@ def _input_size(model: nn.Module, convs: Sequence[LayerSite]) -> tuple[int, int,
         size = (size, size) if isinstance(size, int) else size
     if not isinstance(size, Sequence) or len(size) != 2:
         return None
-    stem: Any = convs[0].layer if convs else None
-    return (int(stem.weight.shape[1]) if convs else 3, int(size[0]), int(size[1]))
+    return (_channels(convs, config), int(size[0]), int(size[1]))
+
+
+def _channels(convs: Sequence[LayerSite], config: Any) -> int:
+    """What the first convolution takes, unless squares of pixels were laid out as channels."""
+    said = (config.get("input_size") or (3,))[0] if isinstance(config, Mapping) else 3
+    if not convs:
+        return int(said)
+    stem: Any = convs[0].layer
+    taken = int(stem.weight.shape[1])
+    return int(said) if taken in (4 * said, 16 * said) else taken

@@ -7,9 +7,9 @@ holds no closure: a deep copy's closure would edit the original.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from peft_vision.layers.attention import (
 )
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import around, inside
+from peft_vision.layers.computed_attention import ComputedAttention
 from peft_vision.layers.mlp import MlpParts
+from peft_vision.layers.named_parts import part_of
 from peft_vision.layers.recomputed_blocks import recompute
 from peft_vision.layers.surgery import weight_of
 from peft_vision.layers.trunk import Trunk, trunk_in
@@ -86,14 +88,7 @@ class HeadsSite:
 
     def weights(self) -> list[Tensor]:
         """Every weight that belongs to a head, one row per head: tensors of H x anything."""
-        module, count = self.attention, self.count
-        found = []
-        for name in self.parts.qkv:
-            weight = weight_of(getattr(module, name))
-            pieces = weight.chunk(3) if len(self.parts.qkv) == 1 else (weight,)
-            found += [piece.reshape(count, -1) for piece in pieces]
-        out = weight_of(getattr(module, self.parts.out))
-        return [*found, out.t().reshape(count, -1)]
+        return attention_layer.weights_by_head(self.attention, self.parts)
 
     def keep(self, heads: Sequence[int]) -> None:
         """Keep these heads, in place.
@@ -109,7 +104,8 @@ class HeadsSite:
             return
         attention_layer.keep_heads(module, self.parts, heads)
         if self.opens:
-            setattr(self.owner, self.attribute, OpenAttention(module, self.parts))
+            computed = OpenAttention if self.parts.forward is None else ComputedAttention
+            setattr(self.owner, self.attribute, computed(module, self.parts))
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,12 @@ class HiddenSite:
         return inside(getattr(self.owner, self.attribute))
 
     @property
+    def is_module(self) -> bool:
+        """Whether the MLP is a module of its own, of linears, beside which another can stand."""
+        down = part_of(self.mlp, self.parts.down)
+        return "." not in self.parts.down and getattr(down, "in_features", None) is not None
+
+    @property
     def count(self) -> int:
         """How many units there are now."""
         return mlp_layer.unit_count(self.mlp, self.parts)
@@ -136,8 +138,8 @@ class HiddenSite:
         """Every weight that belongs to a unit, one row per unit: tensors of U x anything."""
         found = []
         for name in self.parts.up:
-            found += list(weight_of(getattr(self.mlp, name)).chunk(self.parts.packed))
-        return [*found, weight_of(getattr(self.mlp, self.parts.down)).t()]
+            found += list(weight_of(part_of(self.mlp, name)).flatten(1).chunk(self.parts.packed))
+        return [*found, weight_of(part_of(self.mlp, self.parts.down)).transpose(0, 1).flatten(1)]
 
     def keep(self, units: Sequence[int]) -> None:
         """Keep these units, in place.
@@ -262,6 +264,7 @@ class Backbone:
         bypassed: such a family whose linears are called by now.
         prefix: name of the backbone within `model`, with a dot at its end, where a wrapper of a
             library's own stands around it; else empty.
+        run: (model, images) -> what comes of images, for models that take more than images.
     """
 
     model: nn.Module
@@ -281,6 +284,7 @@ class Backbone:
     bypasses: tuple[tuple[nn.Module, str, object], ...] = ()
     bypassed: bool = False
     prefix: str = ""
+    run: Callable[[nn.Module, Tensor], Any] | None = None
 
     @property
     def core(self) -> nn.Module:

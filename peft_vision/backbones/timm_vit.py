@@ -71,6 +71,7 @@ def why_not(model: Any) -> str:
 def mlp_parts(mlp: nn.Module) -> MlpParts | None:
     """The parts of one of timm's MLPs, or None when it is of another kind."""
     from timm.layers import GluMlp, Mlp, SwiGLU
+    from timm.models.vitamin import GeGluMlp
 
     mlp = inside(mlp)
     if type(mlp) is Mlp:
@@ -79,6 +80,8 @@ def mlp_parts(mlp: nn.Module) -> MlpParts | None:
         return MlpParts(up=("fc1_g", "fc1_x"), down="fc2", norm="norm")
     if type(mlp) is GluMlp:
         return MlpParts(up=("fc1",), down="fc2", packed=2, norm="norm")
+    if type(mlp) is GeGluMlp:  # its norm comes first, over what it reads
+        return MlpParts(up=("w0", "w1"), down="w2")
     return None
 
 

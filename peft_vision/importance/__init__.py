@@ -132,6 +132,9 @@ def scores(
         raise BadSetting(f"No score was named. Possible: {', '.join(names())}.")
     backbone = view(plain)
     backbone.require("heads")
+    if "scores" in backbone.missing:
+        why = backbone.missing["scores"]
+        raise UnsupportedSite(f"{type(plain).__name__} has no scores of heads: {why}.")
     held = _held(data, plain, history, images)
     found, notes = {}, []
     for name, score in wanted.items():

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_vision.layers.surgery import keep_features, keep_inputs, keep_outputs, select_parameter
+from peft_vision.layers.named_parts import holder_of, inputs_of, part_of, put_part
+from peft_vision.layers.surgery import (
+    keep_features,
+    keep_inputs,
+    keep_outputs,
+    select_parameter,
+    weight_of,
+)
 
 Rotate = Callable[[nn.Module, Tensor, Any], Tensor]
 """(attention module, B H N D queries or keys, the family's rope) -> rotated; prefix tokens stay."""
@@ -38,11 +45,23 @@ class AttentionParts:
         out_dropout: Dropout module after `out`, if any.
         rotate: applies rotary positions to queries or keys, for families that have them.
         unrotated: attribute that holds how many of the first tokens have no position, if any.
+        pieces: how often each of `qkv` runs through all heads. Where it is not said, a fused linear
+            does so three times and separate ones once; one that has queries, keys and values of a
+            head side by side does so once, too.
+        follow: (name, pieces) of norms over what these linears give.
+        per_head: (name, axis) of what else has an entry for each head: a tensor along an axis, a
+            layer in its outputs, a tuple of sizes at a place. What is None is skipped.
+        heads_last: `out` reads the first features of all heads, then the second ones, and so on.
+        caches: dictionaries of what was computed from any of these; emptied when heads go.
+        forward: computes the module's output where its own forward cannot with fewer heads.
+
+    Where a module is cut and not opened, these may name parts of parts, with dots. Without
+    `head_dim` the first of `heads` says how many heads there are.
     """
 
     qkv: tuple[str, ...]
     out: str
-    head_dim: str = "head_dim"
+    head_dim: str | None = "head_dim"
     biases: tuple[str, str, str] | None = None
     q_norm: str | None = None
     k_norm: str | None = None
@@ -54,16 +73,26 @@ class AttentionParts:
     out_dropout: str | None = None
     rotate: Rotate | None = None
     unrotated: str | None = None
+    pieces: tuple[int, ...] | None = None
+    follow: tuple[tuple[str, int], ...] = ()
+    per_head: tuple[tuple[str, int], ...] = ()
+    heads_last: bool = False
+    caches: tuple[str, ...] = ()
+    forward: Callable[..., Any] | None = None
 
 
 def head_dim(attention: nn.Module, parts: AttentionParts) -> int:
-    """Width of one head."""
-    return int(getattr(attention, parts.head_dim))
+    """Width of one head, as the output projection sees it."""
+    if parts.head_dim is None:
+        return inputs_of(part_of(attention, parts.out)) // head_count(attention, parts)
+    return int(part_of(attention, parts.head_dim))
 
 
 def head_count(attention: nn.Module, parts: AttentionParts) -> int:
-    """How many heads there are now, read from the output projection."""
-    return int(getattr(attention, parts.out).in_features) // head_dim(attention, parts)
+    """How many heads there are now, read from the output projection where that says it."""
+    if parts.head_dim is None:
+        return int(part_of(attention, parts.heads[0]))
+    return inputs_of(part_of(attention, parts.out)) // head_dim(attention, parts)
 
 
 class Attended(NamedTuple):
@@ -161,23 +190,51 @@ def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor
     return getattr(attention, parts.out_dropout)(y) if parts.out_dropout is not None else y
 
 
+def pieces_of(parts: AttentionParts) -> tuple[int, ...]:
+    """How often each of the linears of queries, keys and values runs through all heads."""
+    return parts.pieces or ((3,) if len(parts.qkv) == 1 else (1,) * len(parts.qkv))
+
+
+def weights_by_head(attention: nn.Module, parts: AttentionParts) -> list[Tensor]:
+    """Every weight that belongs to a head, one row per head: tensors of H x anything."""
+    count = head_count(attention, parts)
+    found = []
+    for name, pieces in zip(parts.qkv, pieces_of(parts), strict=True):
+        weight = weight_of(part_of(attention, name))
+        found += [piece.reshape(count, -1) for piece in weight.chunk(pieces)]
+    read = weight_of(part_of(attention, parts.out)).transpose(0, 1)
+    if parts.heads_last:
+        read = read.unflatten(0, (-1, count)).transpose(0, 1)  # type: ignore[no-untyped-call]
+    return [*found, read.reshape(count, -1)]
+
+
 def keep_heads(attention: nn.Module, parts: AttentionParts, heads: Sequence[int]) -> None:
     """Keep whole heads, in place; the width of a head and the softmax scale stay."""
     width, count = head_dim(attention, parts), head_count(attention, parts)
-    rows = [head * width + i for head in heads for i in range(width)]
-    if len(parts.qkv) == 1:
-        full = count * width
-        fused = [third * full + row for third in range(3) for row in rows]
-        keep_outputs(getattr(attention, parts.qkv[0]), fused)
-    else:
-        for name in parts.qkv:
-            keep_outputs(getattr(attention, name), rows)
+    rows = _entries(heads, count, count * width)
+    for name, pieces in zip(parts.qkv, pieces_of(parts), strict=True):
+        layer = part_of(attention, name)
+        size = count * width * pieces if parts.pieces is None else len(weight_of(layer))
+        keep_outputs(layer, _entries(heads, count, size, pieces))
     _keep_optional(attention, parts, rows)
-    keep_inputs(getattr(attention, parts.out), rows)
+    _keep_beside(attention, parts, heads, count)
+    read = [i * count + head for i in range(width) for head in heads] if parts.heads_last else rows
+    keep_inputs(part_of(attention, parts.out), read)
     for name in parts.heads:
-        setattr(attention, name, len(heads))
+        put_part(attention, name, len(heads))
     for name in parts.width:
-        setattr(attention, name, len(rows))
+        put_part(attention, name, part_of(attention, name) * len(heads) // count)
+
+
+def _entries(heads: Sequence[int], count: int, size: int, pieces: int = 1) -> list[int]:
+    """Where these heads are among `size` features that run through all heads `pieces` times."""
+    width = size // (pieces * count)
+    return [
+        (piece * count + head) * width + i
+        for piece in range(pieces)
+        for head in heads
+        for i in range(width)
+    ]
 
 
 def _keep_optional(attention: nn.Module, parts: AttentionParts, rows: Sequence[int]) -> None:
@@ -188,6 +245,26 @@ def _keep_optional(attention: nn.Module, parts: AttentionParts, rows: Sequence[i
         keep_features(getattr(attention, parts.norm), rows)
     if parts.gate is not None and getattr(attention, parts.gate) is not None:
         keep_outputs(getattr(attention, parts.gate), rows)
+
+
+def _keep_beside(
+    attention: nn.Module, parts: AttentionParts, heads: Sequence[int], count: int
+) -> None:
+    for name, pieces in parts.follow:
+        norm = part_of(attention, name)
+        keep_features(norm, _entries(heads, count, len(norm.weight), pieces))
+    for name, axis in parts.per_head:
+        value = part_of(attention, name)
+        if isinstance(value, Tensor):
+            select_parameter(*holder_of(attention, name), heads, axis)
+        elif isinstance(value, nn.Module):
+            keep_outputs(value, _entries(heads, count, len(weight_of(value))))
+        elif isinstance(value, tuple):
+            put_part(attention, name, (*value[:axis], len(heads), *value[axis + 1 :]))
+        elif isinstance(value, int):
+            put_part(attention, name, len(heads))
+    for name in parts.caches:
+        getattr(attention, name).clear()
 
 
 def _dropout(attention: nn.Module, parts: AttentionParts) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peft_vision.layers.named_parts import inputs_of, part_of
 from peft_vision.layers.surgery import keep_features, keep_inputs, keep_outputs
 
 
@@ -21,17 +22,21 @@ class MlpParts:
         down: the linear that consumes them.
         packed: 2 when one `up` linear holds the gate and the value halves, one after the other.
         norm: norm over the hidden units before `down`, if any.
+        between: what else maps every unit to itself: depthwise convolutions, norms of a batch.
+
+    `up`, `down` and `between` may name parts of parts, with dots.
     """
 
     up: tuple[str, ...]
     down: str
     packed: int = 1
     norm: str | None = None
+    between: tuple[str, ...] = ()
 
 
 def unit_count(mlp: nn.Module, parts: MlpParts) -> int:
     """How many hidden units there are now."""
-    return int(getattr(mlp, parts.down).in_features)
+    return inputs_of(part_of(mlp, parts.down))
 
 
 def keep_units(mlp: nn.Module, parts: MlpParts, units: Sequence[int]) -> None:
@@ -39,10 +44,12 @@ def keep_units(mlp: nn.Module, parts: MlpParts, units: Sequence[int]) -> None:
     count = unit_count(mlp, parts)
     rows = [half * count + unit for half in range(parts.packed) for unit in units]
     for name in parts.up:
-        keep_outputs(getattr(mlp, name), rows)
+        keep_outputs(part_of(mlp, name), rows)
+    for name in parts.between:
+        keep_features(part_of(mlp, name), units)
     if parts.norm is not None:
         keep_features(getattr(mlp, parts.norm), units)
-    keep_inputs(getattr(mlp, parts.down), units)
+    keep_inputs(part_of(mlp, parts.down), units)
 
 
 class OwnMlp(nn.Module, ABC):

@@ -117,3 +117,44 @@ def _require_plain(layer: nn.Linear) -> None:
             f"{type(layer).__name__} holds a packed weight ({layer.weight.dtype}, shape "
             f"{tuple(layer.weight.shape)}) that cannot be cut. Cut first, quantize afterwards."
         )
+
+
+@singledispatch
+def settle_sizes(layer: nn.Module, groups: float = 1.0) -> None:
+    """Let a layer's own figures follow its weights, after some of their rows or columns went.
+
+    Args:
+        groups: share of a convolution's groups that stays.
+    """
+
+
+@settle_sizes.register(nn.modules.conv._ConvNd)  # noqa: SLF001
+def _(layer: nn.modules.conv._ConvNd, groups: float = 1.0) -> None:
+    layer.groups = round(layer.groups * groups)
+    first, second = layer.weight.shape[:2]
+    if layer.transposed:
+        layer.in_channels, layer.out_channels = first, second * layer.groups
+    else:
+        layer.out_channels, layer.in_channels = first, second * layer.groups
+
+
+@settle_sizes.register(nn.Linear)
+def _(layer: nn.Linear, groups: float = 1.0) -> None:
+    layer.out_features, layer.in_features = layer.weight.shape
+
+
+@settle_sizes.register(nn.modules.batchnorm._NormBase)  # noqa: SLF001
+def _(layer: nn.modules.batchnorm._NormBase, groups: float = 1.0) -> None:
+    values = layer.running_mean if layer.running_mean is not None else layer.weight
+    layer.num_features = int(values.shape[0])
+
+
+@settle_sizes.register(nn.LayerNorm)
+@settle_sizes.register(nn.RMSNorm)
+def _(layer: nn.LayerNorm | nn.RMSNorm, groups: float = 1.0) -> None:
+    layer.normalized_shape = tuple(layer.weight.shape)
+
+
+@settle_sizes.register(nn.GroupNorm)
+def _(layer: nn.GroupNorm, groups: float = 1.0) -> None:
+    layer.num_channels = int(layer.weight.shape[0])

@@ -1,39 +1,43 @@
-"""Magnitude pruning of heads and hidden units: the baseline that others have to beat.
+"""Magnitude pruning of heads, hidden units and channels: the baseline that others have to beat.
 
-The weights nearest to zero go first (Han et al., 2015), whole heads and whole MLP units at a
-time, so that the model becomes physically smaller. With calibration images it is the loss of output
-that counts, once what stays has been fitted again, instead of the weights.
+The weights nearest to zero go first (Han et al., 2015), whole heads, whole MLP units and whole
+channels at a time, so that the model becomes physically smaller. With calibration images it is the
+loss of output that counts, once what stays has been fitted again, instead of the weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from peft_vision.backbones.channels import keep_channels
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
-from peft_vision.errors import BadSetting
+from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
+from peft_vision.pruners._channel_scores import Scored, channel_scores, has_channels
 from peft_vision.pruners._refit_scores import refit_scores
 
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Remove the heads and hidden units with the smallest weights, ranked over the whole model.
+    """Remove the heads, units and channels with the smallest weights, ranked over the whole model.
 
-    Heads are ranked among heads and units among units (their scales differ); a score is the L2 norm
-    of everything that belongs to the unit, each matrix normalized by the mean over its block, so
-    that no block is emptied only because its weights are small. One of each stays in every block.
+    Heads are ranked among heads, units among units, channels among channels (their scales differ);
+    a score is the L2 norm of everything that belongs to the unit, each matrix normalized by the
+    mean over its block, so that no block is emptied only because its weights are small. One of
+    each stays in every block.
     """
 
     ratio: float = 0.3
-    """Share of the hidden units that `wrap` removes, in [0, 1]; for heads see `head_exponent`."""
+    """Share of the hidden units and of the channels that `wrap` removes, in [0, 1]; for heads see
+    `head_exponent`."""
 
     heads: bool = True
     """Remove attention heads."""
@@ -41,15 +45,21 @@ class Magnitude(Method):
     hidden: bool = True
     """Remove MLP hidden units."""
 
+    channels: bool = True
+    """Remove channels of convolutions, and units of linears in models that are not known by name:
+    where the model has convolutions beyond its patches."""
+
     head_exponent: float = 3.0
     """Of the heads, ratio ** head_exponent go (1 to 10): heads are few and each is worth more."""
 
     multiple: int = 8
-    """Hidden units stay in multiples of this (1 to 256): kernels are much slower on odd widths."""
+    """Hidden units and channels stay in multiples of this (1 to 256): kernels are much slower on
+    odd widths."""
 
     score: str = "auto"
     """"weights": the norm of what belongs to a unit. "images": the least error of the block's
-    output without it. "auto": by images where there are some."""
+    output without it; for a channel, what the next layers vary by because of it. "auto": by images
+    where there are some."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
@@ -69,36 +79,91 @@ class Magnitude(Method):
     def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
         """Per site, the members that stay, as a bit set."""
         decisions: Decisions = {}
-        for kind, wanted in (("heads", self.heads), ("hidden", self.hidden)):
-            if not wanted:
+        present = [kind for kind in ("heads", "hidden") if getattr(backbone, kind)]
+        for kind in present:
+            if not getattr(self, kind):
                 continue
-            backbone.require(kind)
             sites: Sequence[HeadsSite | HiddenSite] = getattr(backbone, kind)
             scores = evidence.once(
                 ("magnitude", kind, self.score), partial(self._scores, backbone, sites, evidence)
             )
             group = int(self.multiple) if kind == "hidden" else 1
             share = strength if kind == "hidden" else strength**self.head_exponent
-            for site, kept in zip(sites, _kept(scores, share, group), strict=True):
+            kept_of = _kept(scores, share, [group] * len(sites))
+            for site, kept in zip(sites, kept_of, strict=True):
                 if len(kept) < site.count:
                     decisions[site.key] = pack_indices(kept, of=site.count)
+        traced = self._traced(backbone, evidence)
+        for alike in traced.sites:
+            decisions |= _thinned(alike, strength, int(self.multiple))
+        if not traced.sites and not any(getattr(self, kind) for kind in present):
+            self._refuse(backbone, traced.why)
         return decisions
+
+    def _traced(self, backbone: Backbone, evidence: Evidence) -> _Traced:
+        """Channels; none for a plain ViT, which is not run for them."""
+        if not self.channels:
+            return _Traced(why="channels is off")
+        if not has_channels(backbone):
+            return _Traced(why="it has no convolution beyond its patches")
+
+        def look() -> _Traced:
+            try:
+                return _Traced(channel_scores(backbone, self._images(evidence)))
+            except UnsupportedSite as error:
+                return _Traced(why=str(error).removesuffix("."))
+
+        return evidence.once(("magnitude", "channels", self.score), look)
+
+    def _images(self, evidence: Evidence) -> Iterable[Any] | None:
+        """What scores go by; None where they go by the weights."""
+        if self.score == "images" and evidence.batches is None:
+            raise BadSetting("score is 'images', and no images were given: pass data.")
+        return None if self.score == "weights" else evidence.batches
+
+    def _refuse(self, backbone: Backbone, channels: str) -> None:
+        """Say why there is nothing to remove."""
+        off = [kind for kind in ("heads", "hidden") if not getattr(self, kind)]
+        reasons = {
+            kind: f"{kind} is off" if kind in off else backbone.missing.get(kind, "none was found")
+            for kind in ("heads", "hidden")
+        } | {"channels": channels}
+        said = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
+        raise UnsupportedSite(
+            f"{type(backbone.model).__name__} has nothing to remove by magnitude. {said}."
+        )
 
     def _scores(
         self, backbone: Backbone, sites: Sequence[HeadsSite | HiddenSite], evidence: Evidence
     ) -> list[Tensor]:
-        if self.score == "images" and evidence.batches is None:
-            raise BadSetting("score is 'images', and no images were given: pass data.")
-        if self.score == "weights" or evidence.batches is None or backbone.tokens is None:
+        images = self._images(evidence)
+        if images is None or backbone.tokens is None:
             return [_score(site) for site in sites]
-        return refit_scores(backbone, sites, evidence.batches)
+        return refit_scores(backbone, sites, images)
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Cut the members that go."""
+        """Cut the members that go; channels first, while every weight is where it was."""
+        traced: Decisions = {
+            key: value
+            for key, value in decisions.items()
+            if isinstance(value, dict) and "members" in value
+        }
+        if traced:
+            keep_channels(backbone, traced)
         members: list[HeadsSite | HiddenSite] = [*backbone.heads, *backbone.hidden]
         sites = {site.key: site for site in members}
         for key, packed in decisions.items():
+            if key in traced:
+                continue
             sites[key].keep(unpack_indices(packed))
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """Channels that are comparable, list by list; or why there are none."""
+
+    sites: list[list[Scored]] = field(default_factory=list)
+    why: str = ""
 
 
 def _score(site: HeadsSite | HiddenSite) -> Tensor:
@@ -109,15 +174,25 @@ def _score(site: HeadsSite | HiddenSite) -> Tensor:
     return torch.as_tensor(total).cpu()
 
 
-def _kept(scores: Sequence[Tensor], strength: float, group: int) -> list[list[int]]:
+def _thinned(alike: Sequence[Scored], strength: float, multiple: int) -> Decisions:
+    """Decisions on channels, when the lowest `strength` of all that are comparable go."""
+    groups = [one.group(multiple) for one in alike]
+    kept_of = _kept([one.score for one in alike], strength, groups)
+    return {
+        one.site.key: one.site.decision(kept)
+        for one, kept in zip(alike, kept_of, strict=True)
+        if len(kept) < one.site.count
+    }
+
+
+def _kept(scores: Sequence[Tensor], strength: float, sizes: Sequence[int]) -> list[list[int]]:
     """Members that stay, per site, when the lowest `strength` of all members go.
 
-    Members are removed in groups of `group`, the lowest of a site together, ranked by their mean;
-    so
-    what stays is a multiple wherever the site was one. One group stays in every site.
+    Members are removed in groups (`sizes`, per site), the lowest of a site together, ranked by
+    their mean; so what stays is a multiple wherever the site was one. One group stays everywhere.
     """
     groups = []
-    for site, score in enumerate(scores):
+    for site, (score, group) in enumerate(zip(scores, sizes, strict=True)):
         order = _order(score)
         pieces = [order[i : i + group] for i in range(0, len(order), group)]
         groups += [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, HeadsSite
-from peft_vision.cost import example_input_of, input_size, on_twin
+from peft_vision.cost import example_input_of, input_size, on_twin, run_images
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.attention import OpenAttention, OwnAttention, head_dim
 from peft_vision.layers.mask_predictor import MaskPredictor
@@ -140,7 +140,7 @@ def _token_counts(model: nn.Module) -> dict[str, int]:
         for site in view(copied).heads:
             out = getattr(site.attention, site.parts.out)
             out.register_forward_pre_hook(lambda m, given, key=site.key: note(key, given[0]))
-        copied.eval()(example_input_of(copied, size))
+        run_images(copied.eval(), example_input_of(copied, size))
         return counts
 
     return on_twin(model, run)

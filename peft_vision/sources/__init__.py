@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_vision.errors import ArtifactError, UnknownName
+from peft_vision.errors import ArtifactError, BadSetting, UnknownName
 from peft_vision.lookup import nearest, stems, unknown
 
 Spec = dict[str, Any]
@@ -54,7 +54,13 @@ def spec_of(model: nn.Module) -> Spec | None:
     A spec is given only when the architecture built from it is the same, module by module.
     """
     spec = _guess(model)
-    return spec if spec is not None and not difference(build(spec, device="meta"), model) else None
+    if spec is None:
+        return None
+    try:
+        again = build(spec, device="meta")
+    except BadSetting:  # what was read off the model is not what its constructor takes
+        return None
+    return None if difference(again, model) else spec
 
 
 def difference(one: nn.Module, other: nn.Module) -> str | None:

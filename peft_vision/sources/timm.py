@@ -110,20 +110,33 @@ def _attribute(path: str) -> Any:
         value = model
         for name in path.split("."):
             value = getattr(value, name, None)
+        if isinstance(value, nn.Module):  # convolutional models keep the layer under that name
+            return None
         return tuple(value) if isinstance(value, list | tuple) else value
 
     return read
+
+
+def _pooling(model: Any) -> Any:
+    """The name of the pooling, which transformers keep as such and others within a layer."""
+    for path in ("global_pool", "global_pool.pool_type", "head.global_pool.pool_type"):
+        found = _attribute(path)(model)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _channels(model: Any) -> int | None:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return None if first is None else int(first.in_channels)
 
 
 READERS: dict[str, Any] = {
     "num_classes": _attribute("num_classes"),
     "img_size": _attribute("patch_embed.img_size"),
     "patch_size": _attribute("patch_embed.patch_size"),
-    "in_chans": lambda m: (
-        getattr(getattr(getattr(m, "patch_embed", None), "proj", None), "in_channels", None)
-        or getattr(m, "in_chans", None)
-    ),
-    "global_pool": _attribute("global_pool"),
+    "in_chans": lambda m: _attribute("patch_embed.proj.in_channels")(m) or _channels(m),
+    "global_pool": _pooling,
     "embed_dim": _attribute("embed_dim"),
     "depth": lambda m: len(_blocks(m)) or None,
     "num_heads": lambda m: getattr(getattr(_first_block(m), "attn", None), "num_heads", None),

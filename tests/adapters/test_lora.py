@@ -116,3 +116,15 @@ def test_the_last_blocks_only(tiny_timm: Tiny) -> None:
         pv.wrap(tiny_timm(), "lora", last=5)
     with pytest.raises(BadSetting, match="1 or more"):
         pv.wrap(tiny_timm(), "lora", last=0)
+
+
+def test_a_model_of_convolutions_is_adapted_there() -> None:
+    import timm
+
+    convolutional = pv.wrap(timm.create_model("test_resnet"), "lora", r=2)
+    mixed = pv.wrap(timm.create_model("test_convnext"), "lora", r=2)
+    kinds = [
+        {type(m.base_layer) for m in model.modules() if hasattr(m, "base_layer")}
+        for model in (convolutional, mixed)
+    ]
+    assert kinds == [{nn.Conv2d}, {nn.Linear}], "most of a ConvNeXt's weights are in linears"

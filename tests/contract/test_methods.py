@@ -20,7 +20,7 @@ from peft_vision.cost import count_flops, input_size, measure, twin, unwrap
 from peft_vision.errors import UnsupportedSite
 from peft_vision.method import Adapter, Evidence, Trained, filed, find, make
 from peft_vision.plan import Plan
-from tests.families import FAMILIES, images
+from tests.families import FAMILIES, SIZE, images
 
 METHODS = filed()
 # What is trained before it decides cuts nothing until then; its own tests keep these laws.
@@ -205,10 +205,10 @@ def test_compress_lands_in_the_band(family: str, tmp_path: Path) -> None:
     model = model_of(family)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     try:
-        result = pv.compress(model, target_flops=0.6)
+        result = pv.compress(model, target_flops=0.6, image_size=SIZE)
     except UnsupportedSite as error:
         pytest.skip(f"refused by name: {error}")
     assert 0.98 * 0.6 < result.ratio <= 0.6
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert measure(result.model).flops == result.cost.flops
+    assert measure(result.model, SIZE).flops == result.cost.flops
     result.save_pretrained(tmp_path / "out")

@@ -129,3 +129,63 @@ def test_scores_of_a_branch_add_up_to_all_that_it_says(tiny_timm: Tiny) -> None:
         for score in refit_scores(backbone, sites, batches):
             assert float(score.sum()) == pytest.approx(1.0)
             assert bool((score >= 0).all())
+
+
+def test_a_plain_transformer_is_not_run_for_its_channels(tiny_timm: Tiny) -> None:
+    evidence = Evidence()
+    decisions = make("magnitude").decide(view(tiny_timm()), 0.5, evidence)
+    assert {key.rpartition(".")[2] for key in decisions} == {"heads", "hidden"}
+    assert all(key[1] != "channels" for key in evidence.memory)
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+
+
+def test_the_smallest_channels_go_first() -> None:
+    model = convolutions()
+    with torch.no_grad():
+        model[0].weight[5] *= 1e-3
+        model[2].weight[:, 5] *= 1e-3
+    method = make("magnitude", {"multiple": 1})
+    decisions = method.decide(view(model), 1.0001 / 30, Evidence())
+    assert set(decisions) == {"0.channels"}
+    assert 5 not in unpack_indices(decisions["0.channels"]["kept"])
+
+
+def test_on_images_a_channel_that_says_nothing_goes_first() -> None:
+    torch.manual_seed(0)
+    model = convolutions()
+    with torch.no_grad():
+        model[0].weight[5] *= 1e-4
+        model[0].bias[5] = 1e3  # always on: behind a norm, or a bias, that is no information
+        model[0].weight[6] *= 9
+        model[0].bias[6] = -1e4  # never on
+    batches = [torch.randn(4, 3, 12, 12)]
+    settings = {"multiple": 1, "heads": False}
+    method = make("magnitude", settings)
+    decisions = method.decide(view(model), 2.0001 / 30, Evidence(batches))
+    assert set(decisions) == {"0.channels"}
+    assert {5, 6}.isdisjoint(unpack_indices(decisions["0.channels"]["kept"]))
+    by_weights = make("magnitude", {**settings, "score": "weights"})
+    decisions = by_weights.decide(view(model), 0.3, Evidence(batches))
+    assert 6 in unpack_indices(decisions["0.channels"]["kept"])
+    with pytest.raises(BadSetting, match="no images were given"):
+        make("magnitude", {"score": "images"}).decide(view(model), 0.5, Evidence())
+
+
+def test_a_model_without_anything_to_remove_is_refused_for_each_kind(tiny_timm: Tiny) -> None:
+    with pytest.raises(UnsupportedSite, match=r"heads: .*; hidden: .*; channels: channels is off"):
+        make("magnitude", {"channels": False}).decide(view(convolutions()), 0.5, Evidence())
+    only = make("magnitude", {"heads": False, "hidden": False})
+    with pytest.raises(UnsupportedSite, match="channels: it has no convolution beyond its patches"):
+        only.decide(view(tiny_timm()), 0.5, Evidence())
+    with pytest.raises(UnsupportedSite, match="channels: Sequential has no channels that could be"):
+        only.decide(view(nn.Sequential(nn.Linear(4, 3))), 0.5, Evidence())

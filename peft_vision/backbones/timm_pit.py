@@ -1,0 +1,33 @@
+"""timm's PiT: a ViT whose patches are pooled between its stages."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peft_vision.backbones import _stages
+from peft_vision.backbones.sites import Backbone
+from peft_vision.backbones.timm_vit import ATTENTION
+from peft_vision.layers.attention import AttentionParts
+
+MODULES = ("timm.models.pit",)
+
+TOKENS = "its patches are pooled as an image between its stages: tokens cannot leave"
+
+
+def _attention(module: nn.Module) -> AttentionParts | None:
+    from timm.layers import Attention
+
+    return ATTENTION if type(module) is Attention else None
+
+
+WORDS = _stages.Words(attention=_attention, tokens=TOKENS)
+
+
+def why_not(model: nn.Module) -> str:
+    """What keeps the model from being understood; empty when nothing does."""
+    return _stages.why_not(model, WORDS)
+
+
+def view(model: nn.Module) -> Backbone:
+    """See the model as sites."""
+    return _stages.see(model, "timm_pit", WORDS)
