@@ -192,14 +192,15 @@ def methods_index() -> str:
     page = f"# Methods\n\n{GENERATED}\n\n{table(head, rows)}\n"
     return (
         f"{page}\n## Adapters compared\n\n{adapter_accuracy()}\n"
-        f"\n## Pruners compared\n\n{pruners()}\n"
+        f"\n## Pruners compared\n\n{compared('training_free', 'pruner_accuracy', 'pruner_speed')}\n"
+        f"\n## Decomposers compared\n\n{compared('decompositions', 'wave_field')}\n"
     )
 
 
-def pruners() -> str:
-    """Accuracy of pruners at equal cost, and their speed, where they were measured."""
+def compared(*names: str) -> str:
+    """Accuracy and speed of several methods at equal cost, where they were measured."""
     parts = []
-    for name in ("training_free", "pruner_accuracy", "pruner_speed"):
+    for name in names:
         file = ROOT / "benchmarks" / f"{name}.json"
         if file.is_file():
             content = json.loads(file.read_text(encoding="utf-8"))

@@ -105,10 +105,13 @@ def _input_size(model: nn.Module, convs: Sequence[LayerSite]) -> tuple[int, int,
 
 
 def _channels(convs: Sequence[LayerSite], config: Any) -> int:
-    """What the first convolution takes, unless squares of pixels were laid out as channels."""
+    """What the first convolution takes, unless it is not given the images themselves.
+
+    Some stems lay out squares of 2 or 4 pixels as channels, or take 8 x 8 cosine coefficients.
+    """
     said = (config.get("input_size") or (3,))[0] if isinstance(config, Mapping) else 3
     if not convs:
         return int(said)
     stem: Any = convs[0].layer
     taken = int(stem.weight.shape[1])
-    return int(said) if taken in (4 * said, 16 * said) else taken
+    return int(said) if taken in (4 * said, 16 * said, 64) else taken
