@@ -135,7 +135,7 @@ def stepped(model: Any, images: Tensor) -> str:
     """
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     silent = set(wanted)
-    optimizer = torch.optim.Adam(wanted.values(), lr=1e-2)
+    optimizer = torch.optim.Adam(wanted.values(), lr=1e-3)
     model.train()
     for _ in range(STEPS_TAKEN):
         optimizer.zero_grad()
