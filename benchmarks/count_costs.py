@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "pooled_last_block": ("", (None,)),
     "sparse_attention": ("keep", (0.75, 0.5, 0.25)),
     "svd": ("ratio", (0.1, 0.3, 0.5, 0.7)),
+    "tensor_train": ("ratio", (0.1, 0.3, 0.5, 0.7)),
     "token_merging": ("ratio", (0.02, 0.05, 0.08, 0.11)),
     "token_reorganization": ("keep_rate", (0.9, 0.7, 0.5, 0.3)),
     "union_of_experts": ("skip", (0.25, 0.5, 0.75)),

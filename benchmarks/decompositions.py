@@ -25,24 +25,29 @@ from peft_vision.backbones import view
 from peft_vision.cost import measure, time_on, unwrap
 from peft_vision.errors import BudgetUnreachable, PeftVisionError
 from peft_vision.layers.factorized import Factored, relative_error
+from peft_vision.method import make
 
 TARGET = Path(__file__).with_suffix(".json")
 SIDE, BATCH, ASKED = 160, 4, 0.5
 METHODS = ("one_way", "svd", "tucker", "tensor_train", "cp", "band")
 TOGETHER = {"resnet50": ("svd", "tucker"), "convnext_tiny": ("svd", "one_way")}
+CONVS: dict[str, dict[str, Any]] = {"tensor_train": {"layers": ("convs",)}}
+"""Settings of methods that would factor linears otherwise, at which they save little."""
 COLUMNS = ["", "of the MACs", "of the parameters", "time of dense", "quartiles", "weight error"]
 
 
 def smaller(dense: nn.Module, methods: tuple[str, ...]) -> tuple[str, nn.Module | None]:
     """To half of the MACs; where a method cannot go so far, as far as it can."""
     label = " and ".join(f"`{name}`" for name in methods)
+    chosen = [make(name, CONVS.get(name, {})) for name in methods]
     try:
-        result = pv.compress(dense, target_flops=ASKED, methods=list(methods), image_size=SIDE)
+        result = pv.compress(dense, target_flops=ASKED, methods=chosen, image_size=SIDE)
         return f"{label} to {ASKED}", unwrap(result.model)
     except BudgetUnreachable:
         again = timm.create_model(dense.default_cfg["architecture"])  # type: ignore[union-attr, index]
         again.load_state_dict(dense.state_dict())
-        made = pv.wrap(again.eval(), methods[0], ratio=0.7, image_size=SIDE)
+        settings = {"ratio": 0.7, **CONVS.get(methods[0], {})}
+        made = pv.wrap(again.eval(), methods[0], image_size=SIDE, **settings)
         return f"{label}, ratio 0.7", unwrap(made)
     except PeftVisionError as refused:
         print(f"{label}: {refused}", flush=True)

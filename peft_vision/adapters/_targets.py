@@ -9,6 +9,8 @@ from torch import nn
 
 from peft_vision.backbones.sites import Backbone, LayerSite
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.ownership import plain_of
+from peft_vision.layers.train_linear import TrainLinear
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "qkv", "out"),
@@ -55,6 +57,12 @@ def chosen_layers(backbone: Backbone, targets: Sequence[str]) -> list[LayerSite]
             f"{type(backbone.model).__name__} has none of the targets {list(targets)!r}. "
             f"Its linears are: {', '.join(found) or 'none'}."
         )
+    for site in chosen:
+        if isinstance(plain_of(site.layer), TrainLinear):
+            raise UnsupportedSite(
+                f"{site.key} is a train of cores, and no update of a matrix stands at one. Choose "
+                "other targets, or adapt and merge first and factor what comes out."
+            )
     return chosen
 
 

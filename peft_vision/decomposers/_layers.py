@@ -15,7 +15,7 @@ from peft_vision.decomposers._job import Job
 from peft_vision.decomposers._ladder import Ladder, climb, descent, ladder
 from peft_vision.decomposers._scheme import Rank, clipped
 from peft_vision.errors import DamagedArtifact, UnsupportedSite
-from peft_vision.layers.factorized import Factored, chain
+from peft_vision.layers.factorized import Factored
 from peft_vision.layers.layer_shape import (
     LayerShape,
     Sizes,
@@ -143,7 +143,7 @@ def _ladder(
     rows, grid = seen
 
     def cost(rank: Rank) -> int:
-        return cost_of(job.scheme.shapes(shape, rank), grid, rows)
+        return job.scheme.macs(shape, rank, grid, rows)
 
     whole = cost_of([shape], grid, rows)
     rungs = [
@@ -199,7 +199,7 @@ def put_in_place(
 
 
 def factored(job: Job, layer: nn.Module, rank: Rank) -> Factored:
-    """The chain for a plain layer."""
+    """What takes the place of a plain layer."""
     shape = shape_of(layer)
     shapes = job.scheme.shapes(shape, rank)
     dense: Any = layer
@@ -207,12 +207,12 @@ def factored(job: Job, layer: nn.Module, rank: Rank) -> Factored:
     if weight.is_meta:
         weights = [weight.new_empty(one.size) for one in shapes]
     elif job.init == "fresh":
-        weights = fresh_weights(weight, shapes)
+        weights = fresh_weights(weight, shapes, lambda w: job.scheme.product(shape, shapes, w))
     else:
         kernels = per_group(weight.double(), shape.groups)
         groups = [job.scheme.weights(kernel, rank) for kernel in kernels]
         weights = [torch.cat(parts) for parts in zip(*groups, strict=True)]
-    return chain(layer, shapes, weights)
+    return job.scheme.put(layer, shapes, weights)
 
 
 def places_of(model: nn.Module, layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:

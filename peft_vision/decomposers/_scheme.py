@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_vision.layers.layer_shape import LayerShape
+from peft_vision.layers.factorized import Factored, chain
+from peft_vision.layers.layer_shape import LayerShape, Sizes, cost_of, kernel_of
 
 Rank = tuple[int, ...]
 """How many channels stand between each factor and the next that a rank is chosen for."""
@@ -49,6 +50,27 @@ class Scheme(ABC):
             None where that cannot be told without factoring; then layers lose equal shares.
         """
         return None
+
+    def macs(self, shape: LayerShape, rank: Rank, grid: Sizes, rows: int) -> int:
+        """Multiply-accumulates of the factors.
+
+        Args:
+            grid: size of the grid that arrives; empty for linears.
+            rows: how many grids, or rows of a linear, arrive.
+        """
+        return cost_of(self.shapes(shape, rank), grid, rows)
+
+    def product(
+        self, shape: LayerShape, shapes: Sequence[LayerShape], weights: Sequence[Tensor]
+    ) -> Tensor:
+        """The weight that factors of these shapes stand for, its axes in any order."""
+        return kernel_of([(w, one.groups) for w, one in zip(weights, shapes, strict=True)])
+
+    def put(
+        self, layer: nn.Module, shapes: Sequence[LayerShape], weights: Sequence[Tensor]
+    ) -> Factored:
+        """The factors as what takes the place of `layer`."""
+        return chain(layer, shapes, weights)
 
 
 def clipped(rank: int, full: Sequence[int]) -> Rank:

@@ -1,19 +1,22 @@
-"""Tensor train: a convolution as a chain of narrow ones, one per axis (Oseledets, 2011)."""
+"""Tensor trains (Oseledets, 2011): of convolutions one core per axis, of linears two cores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone
-from peft_vision.decomposers._job import Job, check
+from peft_vision.decomposers._job import Job, check, check_kinds
 from peft_vision.decomposers._layers import decide, put_in_place
 from peft_vision.decomposers._low_rank import along, balanced, bonds, energy, whole, with_tensorly
+from peft_vision.decomposers._matrix_train import MatrixTrain
 from peft_vision.decomposers._scheme import Rank, Scheme
-from peft_vision.layers.layer_shape import LayerShape
+from peft_vision.layers.factorized import Factored
+from peft_vision.layers.layer_shape import LayerShape, Sizes
 from peft_vision.method import Evidence, Method, Stage
 from peft_vision.plan import Decisions
 
@@ -22,7 +25,8 @@ from peft_vision.plan import Decisions
 class TensorTrain(Method):
     """Replace a convolution by 1 x 1, a filter per direction, 1 x 1, with few channels between.
 
-    A 1 x 1 that would not narrow anything is left out.
+    A 1 x 1 that would not narrow anything is left out. A linear is replaced by two small ones,
+    with its inputs and outputs counted as a table of rows and columns each.
     """
 
     ratio: float = 0.5
@@ -35,6 +39,9 @@ class TensorTrain(Method):
     init: str = "dense"
     """First values: "dense", nearest to the layer's weight; "fresh", random values of its size."""
 
+    layers: tuple[str, ...] = ("linears", "convs")
+    """Which: "linears", "convs", "classifier"."""
+
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
@@ -43,6 +50,7 @@ class TensorTrain(Method):
 
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
+        check_kinds(self.layers)
 
     @property
     def strength(self) -> float:
@@ -50,7 +58,7 @@ class TensorTrain(Method):
         return self.ratio if self.rank is None else 1.0
 
     def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per convolution, the ranks of the train."""
+        """Per layer, the ranks of the train."""
         return decide(self._job(), backbone, strength, evidence)
 
     def apply(self, backbone: Backbone, decisions: Decisions) -> None:
@@ -58,7 +66,7 @@ class TensorTrain(Method):
         put_in_place(self._job(), backbone, decisions)
 
     def _job(self) -> Job:
-        return Job(_Train(), ("convs",), self.rank, self.init, self.minimum)
+        return Job(_Trains(), self.layers, self.rank, self.init, self.minimum)
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,53 @@ class _Train(Scheme):
             rows *= size
             found.append(energy(ordered.reshape(groups, rows, -1)))
         return found
+
+
+@dataclass(frozen=True)
+class _Trains(Scheme):
+    """One rule for matrices, another for kernels."""
+
+    matrix: Scheme = field(default_factory=MatrixTrain)
+    kernel: Scheme = field(default_factory=_Train)
+
+    def _of(self, shape: LayerShape) -> Scheme:
+        return self.kernel if shape.kernel else self.matrix
+
+    def why_not(self, shape: LayerShape) -> str:
+        """As the rule for this kind of layer says, and so on below."""
+        return self._of(shape).why_not(shape)
+
+    def full(self, shape: LayerShape) -> Rank:
+        """See `why_not`."""
+        return self._of(shape).full(shape)
+
+    def shapes(self, shape: LayerShape, rank: Rank) -> list[LayerShape]:
+        """See `why_not`."""
+        return self._of(shape).shapes(shape, rank)
+
+    def macs(self, shape: LayerShape, rank: Rank, grid: Sizes, rows: int) -> int:
+        """See `why_not`."""
+        return self._of(shape).macs(shape, rank, grid, rows)
+
+    def weights(self, kernel: Tensor, rank: Rank) -> list[Tensor]:
+        """See `why_not`."""
+        return (self.kernel if kernel.dim() > 2 else self.matrix).weights(kernel, rank)
+
+    def energies(self, kernels: Tensor) -> list[Tensor] | None:
+        """See `why_not`."""
+        return (self.kernel if kernels.dim() > 3 else self.matrix).energies(kernels)
+
+    def product(
+        self, shape: LayerShape, shapes: Sequence[LayerShape], weights: Sequence[Tensor]
+    ) -> Tensor:
+        """See `why_not`."""
+        return self._of(shape).product(shape, shapes, weights)
+
+    def put(
+        self, layer: nn.Module, shapes: Sequence[LayerShape], weights: Sequence[Tensor]
+    ) -> Factored:
+        """See `why_not`."""
+        return self._of(shapes[0]).put(layer, shapes, weights)
 
 
 def _sizes(shape: LayerShape) -> list[int]:

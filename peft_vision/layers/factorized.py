@@ -24,12 +24,35 @@ from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
 from peft_vision.layers.traits import Foldable
 
 
-class Factored(nn.Sequential, Foldable):
-    """Layers in a row that stand for one; the last holds its bias."""
+class Factored(nn.Module, Foldable):
+    """What stands for one linear or convolution and holds it as factors."""
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
         """The weight of the layer they stand for, in its shape; gradients pass."""
+
+    @property
+    @abstractmethod
+    def first(self) -> Any:
+        """The factor that reads what arrives."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The shape, dtype and device of the weight they stand for, and no numbers: all are NaN.
+
+        Models ask a layer for its weight's dtype on every call; the product of the factors would
+        cost them more than the layer. It is `dense_weight`.
+        """
+        held: Tensor = self.first.weight
+        return held.detach().new_full((), math.nan).expand(self._size())
+
+    @abstractmethod
+    def _size(self) -> torch.Size:
+        """Of the weight they stand for."""
+
+
+class Chain(nn.Sequential, Factored):
+    """Layers in a row that stand for one; the last holds its bias."""
 
     @property
     def first(self) -> Any:
@@ -42,27 +65,13 @@ class Factored(nn.Sequential, Foldable):
         return self[len(self) - 1]
 
     @property
-    def weight(self) -> Tensor:
-        """The shape, dtype and device of the weight they stand for, and no numbers: all are NaN.
-
-        Models ask a layer for its weight's dtype on every call; the product of the factors would
-        cost them more than the layer. It is `dense_weight`.
-        """
-        held: Tensor = self.first.weight
-        return held.detach().new_full((), math.nan).expand(self._size())
-
-    @property
     def bias(self) -> nn.Parameter | None:
         """The bias, which is the last factor's."""
         found: nn.Parameter | None = self.last.bias
         return found
 
-    @abstractmethod
-    def _size(self) -> torch.Size:
-        """Of the weight they stand for."""
 
-
-class FactoredLinear(Factored):
+class FactoredLinear(Chain):
     """Linears in a row: ... I -> ... R -> ... O."""
 
     @property
@@ -94,7 +103,7 @@ class FactoredLinear(Factored):
         return dense.train(self.training)
 
 
-class FactoredConv(Factored):
+class FactoredConv(Chain):
     """Convolutions in a row: B I *grid -> B O *grid.
 
     Along each axis of the grid at most one factor has a kernel longer than 1, so that the kernel
@@ -167,7 +176,7 @@ class FactoredConv(Factored):
         )
 
 
-def chain(layer: nn.Module, shapes: Sequence[LayerShape], weights: Sequence[Tensor]) -> Factored:
+def chain(layer: nn.Module, shapes: Sequence[LayerShape], weights: Sequence[Tensor]) -> Chain:
     """The chain that takes the place of `layer`, with its bias, dtype, device and mode.
 
     Args:
@@ -187,18 +196,18 @@ def chain(layer: nn.Module, shapes: Sequence[LayerShape], weights: Sequence[Tens
 def last_factor(owner: nn.Module, name: str) -> tuple[nn.Module, str]:
     """(owner, attribute) of the layer that gives the output: of a chain its last factor."""
     found = getattr(owner, name)
-    return (found, str(len(found) - 1)) if isinstance(found, Factored) else (owner, name)
+    return (found, str(len(found) - 1)) if isinstance(found, Chain) else (owner, name)
 
 
 def earlier_factors(owner: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """(owner, attribute) of the factors of a chain but the last; none of a plain layer."""
     found = getattr(owner, name)
-    count = len(found) - 1 if isinstance(found, Factored) else 0
+    count = len(found) - 1 if isinstance(found, Chain) else 0
     return [(found, str(number)) for number in range(count)]
 
 
 def fold_factors(model: nn.Module) -> int:
-    """Put dense layers in the place of all chains below `model`, in place.
+    """Put dense layers in the place of all that are factored below `model`, in place.
 
     Returns:
         How many there were.
@@ -226,19 +235,19 @@ def _(layer: Factored) -> Tensor:
     return layer.dense_weight().detach()
 
 
-@keep_outputs.register(Factored)
-def _(layer: Factored, indices: Sequence[int]) -> None:
+@keep_outputs.register(Chain)
+def _(layer: Chain, indices: Sequence[int]) -> None:
     _require_one_group(layer)
     keep_outputs(layer.last, indices)
 
 
-@keep_inputs.register(Factored)
-def _(layer: Factored, indices: Sequence[int]) -> None:
+@keep_inputs.register(Chain)
+def _(layer: Chain, indices: Sequence[int]) -> None:
     _require_one_group(layer)
     keep_inputs(layer.first, indices)
 
 
-def _require_one_group(layer: Factored) -> None:
+def _require_one_group(layer: Chain) -> None:
     if isinstance(layer, FactoredConv) and layer.groups > 1:
         raise UnsupportedSite(
             f"A chain of grouped convolutions ({layer.groups} groups) cannot be cut. Cut first and "

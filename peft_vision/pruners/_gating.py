@@ -19,6 +19,7 @@ from peft_vision.layers.gates import Gate, Gated, GatedLinear
 from peft_vision.layers.masked_norm import GatedNorm, can_be_gated
 from peft_vision.layers.ownership import plain_of, trained_dtype
 from peft_vision.layers.quantized import quantized_layers
+from peft_vision.layers.train_linear import require_cuttable
 
 WIDTH = "width"
 BRANCHES = ("attention", "mlp")
@@ -134,6 +135,8 @@ def require(backbone: Backbone, places: Places) -> None:
             f"{packed[0]} holds a packed weight, into which the mean of a gate cannot be folded. "
             "Train gates first, quantize afterwards."
         )
+    if places.width or places.heads or places.hidden:  # what is trained now is cut afterwards
+        require_cuttable(*backbone.model.modules())
     if places.width and any(isinstance(module, Behind) for module in backbone.model.modules()):
         raise UnsupportedSite(
             f"In {type(backbone.model).__name__} a bottleneck reads what a branch adds to the "

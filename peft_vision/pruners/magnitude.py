@@ -19,6 +19,8 @@ from torch import Tensor
 from peft_vision.backbones.channels import keep_channels
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.named_parts import part_of
+from peft_vision.layers.train_linear import require_cuttable
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
 from peft_vision.pruners._channel_scores import Scored, channel_scores, has_channels
@@ -148,10 +150,12 @@ class Magnitude(Method):
             for key, value in decisions.items()
             if isinstance(value, dict) and "members" in value
         }
-        if traced:
-            keep_channels(backbone, traced)
         members: list[HeadsSite | HiddenSite] = [*backbone.heads, *backbone.hidden]
         sites = {site.key: site for site in members}
+        for key in decisions.keys() - traced.keys():
+            require_cuttable(*_cut(sites[key]))
+        if traced:
+            keep_channels(backbone, traced)
         for key, packed in decisions.items():
             if key in traced:
                 continue
@@ -164,6 +168,13 @@ class _Traced:
 
     sites: list[list[Scored]] = field(default_factory=list)
     why: str = ""
+
+
+def _cut(site: HeadsSite | HiddenSite) -> list[object]:
+    """The layers that lose rows or columns with a member."""
+    if isinstance(site, HeadsSite):
+        return [part_of(site.attention, name) for name in (*site.parts.qkv, site.parts.out)]
+    return [part_of(site.mlp, name) for name in (*site.parts.up, site.parts.down)]
 
 
 def _score(site: HeadsSite | HiddenSite) -> Tensor:
