@@ -87,7 +87,7 @@ def test_compress_and_show_speak_json(tmp_path: Path) -> None:
     assert 0.98 < said["share_of_limit"] <= 1.0
     shown = json.loads(run("show", out, "--json").stdout)
     assert shown["cost"]["flops"] == said["after"]["flops"]
-    assert shown["steps"] == ["pooled_last_block", "magnitude", "token_reorganization"]
+    assert shown["steps"] == ["pooled_last_block", "magnitude", "token_merging"]
 
 
 def test_methods_and_version() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peft_vision as pv
 from peft_vision.backbones import view
 from peft_vision.cost import count_flops, input_size, measure, twin, unwrap
-from peft_vision.errors import UnsupportedSite
+from peft_vision.errors import BudgetUnreachable, UnsupportedSite
 from peft_vision.method import Adapter, Evidence, Trained, filed, find, make
 from peft_vision.plan import Plan
 from tests.families import FAMILIES, SIZE, images
@@ -204,10 +204,11 @@ def test_a_saved_plan_gives_a_fresh_twin_the_same_shapes(family: str, method: st
 def test_compress_lands_in_the_band(family: str, tmp_path: Path) -> None:
     model = model_of(family)
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    try:
-        result = pv.compress(model, target_flops=0.6, image_size=SIZE)
-    except UnsupportedSite as error:
-        pytest.skip(f"refused by name: {error}")
+    if family == "generic_cnn":  # a few channels are all there is to choose from there
+        with pytest.raises(BudgetUnreachable, match="too coarse"):
+            pv.compress(model, target_flops=0.6, image_size=SIZE)
+        return
+    result = pv.compress(model, target_flops=0.6, image_size=SIZE)
     assert 0.98 * 0.6 < result.ratio <= 0.6
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert measure(result.model, SIZE).flops == result.cost.flops
