@@ -144,7 +144,7 @@ def main() -> None:
     wanted: list[tuple[str, float | None]] = [("dense", None)]
     wanted += [(name, ratio) for ratio in reversed(RATIOS) for name in asked.only]
     cells = done(asked.output)
-    known = {(c["name"], c["ratio"], c["seed"]) for c in cells}
+    known = {key(c) for c in cells if {"recovered", "refused"} & c.keys() or c["ratio"] is None}
     with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(run, folder, asked.data, name, ratio, seed)
@@ -153,9 +153,15 @@ def main() -> None:
             if (name, ratio, seed) not in known
         ]
         for job in jobs:
-            cells.append(job.result())
+            new = job.result()
+            cells = [*(c for c in cells if key(c) != key(new)), new]
             print(cells[-1], flush=True)
             write(cells, asked.output, len(asked.folders))
+
+
+def key(cell: dict[str, Any]) -> tuple[str, float | None, int]:
+    """Method, share of the cost, seed."""
+    return cell["name"], cell["ratio"], cell["seed"]
 
 
 def done(target: Path) -> list[dict[str, Any]]:

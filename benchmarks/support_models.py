@@ -24,6 +24,17 @@ SHRUNK = {
 DEPTHS = ("depths", "num_blocks", "layer_depths")
 """Fields that hold one number of blocks per stage: one block each."""
 
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    OSError,
+)
+"""What a configuration that does not fit, or a package that is not there, raises."""
+
 NOT_BACKBONES = frozenset(
     {"timm_wrapper", "timm_backbone", "shieldgemma2", "imagegpt", "perceiver"}
 )
@@ -98,7 +109,7 @@ def build_transformers(family: str) -> nn.Module:
     if family in auto.MODEL_FOR_BACKBONE_MAPPING_NAMES and family not in auto.MODEL_MAPPING_NAMES:
         kinds = [AutoBackbone]
     if family in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        kinds = [AutoModelForImageClassification]
+        kinds = [AutoModelForImageClassification, AutoModel]
     reason = ""
     for config in _configs(CONFIG_MAPPING[family]):
         for kind in kinds:
@@ -106,7 +117,7 @@ def build_transformers(family: str) -> nn.Module:
                 model: nn.Module = kind.from_config(config)
                 with torch.no_grad():
                     model.eval()(pixel_values=torch.zeros(1, 3, *image_size_of(model)))
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as e:
+            except FAILURES as e:
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
                 continue
             return model

@@ -329,6 +329,7 @@ def quickstart() -> str:
     return (
         f"{table(head, rows)}\n\n{content['images']} validation images of solar cells, held out by "
         "module; ± is one standard error; one seed; speed timed in turns, with its quartiles."
+        + (f" {content['note']}." if "note" in content else "")
     )
 
 

@@ -62,6 +62,9 @@ def tensor_of(output: Any) -> tuple[str, Tensor]:
     if isinstance(output, Tensor):
         return "output", output
     if isinstance(output, Mapping):
+        maps = output.get("feature_maps")
+        if maps and isinstance(maps[-1], Tensor):  # a backbone's; the last is the deepest
+            return "feature_maps", maps[-1]
         for name in OUTPUTS:
             if isinstance(value := output.get(name), Tensor):
                 return name, value

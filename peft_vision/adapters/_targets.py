@@ -49,7 +49,7 @@ def chosen_layers(backbone: Backbone, targets: Sequence[str]) -> list[LayerSite]
         chosen += [site for site in dense if site.role in wanted and "convs" not in wanted]
     if "convs" in wanted:
         backbone.require("convs")
-        # Updates of grouped convolutions cannot be merged, and depthwise ones outgrow the layer.
+        # Updates of grouped convolutions cannot be merged, depthwise ones outgrow the layer.
         chosen += [site for site in backbone.convs if _is_dense(site.layer)]
     if not chosen:
         found = sorted({site.role for site in backbone.linears})
@@ -107,7 +107,10 @@ def exactly(backbone: Backbone, paths: Sequence[str]) -> list[str] | str:
 
 
 def _is_dense(layer: nn.Module) -> bool:
-    return getattr(getattr(layer, "base_layer", layer), "groups", 1) == 1
+    """Whether PEFT has an update for it: it knows neither groups that merge nor dilation."""
+    plain = getattr(layer, "base_layer", layer)
+    spread = any(int(step) != 1 for step in getattr(plain, "dilation", ()))
+    return getattr(plain, "groups", 1) == 1 and not spread
 
 
 def _path(site: LayerSite, names: dict[int, str]) -> str:
