@@ -42,7 +42,7 @@ class Lora(Adapter):
     """Dropout on the input of the update, in [0, 1)."""
 
     targets: tuple[str, ...] = ("auto",)
-    """Which layers: "linears" (all but the classifier), "convs" (ungrouped, undilated), "attention",
+    """Which layers: "linears" (all but the classifier), "convs" (plain ones), "attention",
     "mlp", or roles (q, k, v, qkv, out, up, gate, down). "auto": the linears, and with them the
     convolutions of a model that holds most of its weights in those."""
 
