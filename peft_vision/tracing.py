@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones import view
-from peft_vision.cost import unwrap
+from peft_vision.cost import input_size, unwrap
 from peft_vision.errors import BadSetting, JobFailed
 from peft_vision.layers.quantized import dequantize
 
@@ -149,8 +149,7 @@ def image_shape(model: nn.Module, image_size: int | tuple[int, int] | None) -> t
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
         raise BadSetting(f"image_size={image_size}; both sides are at least 1 pixel.")
-    stem = next((m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1), None)
-    return (stem.in_channels if stem is not None else 3), height, width
+    return input_size(model, (height, width))
 
 
 def precision(model: nn.Module) -> torch.dtype:
