@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import device_of
@@ -43,7 +43,7 @@ def prove_gradient(
     run = partial(_shown, size) if inputs is None else partial(_called, inputs)
     try:
         wanted = on_twin(plain, lambda copy: _trained_once(copy, run))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         tried = f"one image of {size} fails" if inputs is None else "the inputs given fail"
         raise GradientUnproven(
             f"Whether the adapters train could not be shown: {tried} in {type(plain).__name__} "
@@ -84,6 +84,9 @@ def total(output: Any) -> Tensor:
     """A scalar that depends on all of a model's output, to go back from."""
     if isinstance(output, Tensor):
         return output.sum()
-    tensors = output.values() if isinstance(output, Mapping) else output
+    tensors = list(output.values() if isinstance(output, Mapping) else output)
     parts = [t.sum() for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    if not parts:  # a backbone's feature maps are a tuple within
+        leaves = (t for t in tree_leaves(tensors) if isinstance(t, Tensor))
+        parts = [t.sum() for t in leaves if t.requires_grad]
     return torch.stack(parts).sum()
