@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from peft_vision.backbones.sites import Backbone
+from peft_vision.decomposers._factoring import Factoring
 from peft_vision.decomposers._job import Job, check
-from peft_vision.decomposers._layers import decide, put_in_place
 from peft_vision.decomposers._low_rank import along, balanced, leading
 from peft_vision.decomposers._scheme import Rank, Scheme
 from peft_vision.layers.layer_shape import LayerShape
-from peft_vision.method import Evidence, Method, Stage, check_range
-from peft_vision.plan import Decisions
+from peft_vision.method import check_range
 
 
 @dataclass(frozen=True)
-class Cp(Method):
+class Cp(Factoring):
     """Replace a convolution by 1 x 1, a depthwise filter per direction, and 1 x 1, over R channels.
 
     The factors are found by alternating least squares; every layer loses the same share.
@@ -43,27 +40,12 @@ class Cp(Method):
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
-    stage: ClassVar[Stage] = Stage.FACTOR
-    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
-
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
         check_range("iterations", self.iterations, 1, 10_000)
 
-    @property
-    def strength(self) -> float:
-        """The ratio; 1 where ranks are given."""
-        return self.ratio if self.rank is None else 1.0
-
-    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per convolution, the rank."""
-        return decide(self._job(), backbone, strength, evidence)
-
-    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Put the chains in place."""
-        put_in_place(self._job(), backbone, decisions)
-
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """See `Factoring`."""
         scheme = _Sum(int(self.iterations))
         return Job(scheme, ("convs",), self.rank, self.init, self.minimum)
 

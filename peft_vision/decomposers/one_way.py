@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from peft_vision.backbones.sites import Backbone
+from peft_vision.decomposers._factoring import Factoring
 from peft_vision.decomposers._job import Job, check
-from peft_vision.decomposers._layers import decide, put_in_place
 from peft_vision.decomposers._low_rank import along, balanced, bonds, energy, train, whole
 from peft_vision.decomposers._scheme import Rank, Scheme
 from peft_vision.layers.layer_shape import LayerShape
-from peft_vision.method import Evidence, Method, Stage
-from peft_vision.plan import Decisions
 
 
 @dataclass(frozen=True)
-class OneWay(Method):
+class OneWay(Factoring):
     """Replace a k x k (x k) convolution by filters of one direction each, with R channels between.
 
     Each filter carries the stride, padding and dilation of its own direction; groups stay.
@@ -42,26 +38,11 @@ class OneWay(Method):
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
-    stage: ClassVar[Stage] = Stage.FACTOR
-    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
-
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
 
-    @property
-    def strength(self) -> float:
-        """The ratio; 1 where ranks are given."""
-        return self.ratio if self.rank is None else 1.0
-
-    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per convolution, the ranks between its filters."""
-        return decide(self._job(), backbone, strength, evidence)
-
-    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Put the chains in place."""
-        put_in_place(self._job(), backbone, decisions)
-
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """See `Factoring`."""
         return Job(_Filters(), ("convs",), self.rank, self.init, self.minimum)
 
 

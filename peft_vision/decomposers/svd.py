@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, LayerSite
+from peft_vision.decomposers._factoring import Factoring
 from peft_vision.decomposers._job import Job, check, check_kinds
 from peft_vision.decomposers._layers import decide, put_in_place, whole_layers
 from peft_vision.decomposers._low_rank import balanced, energy
@@ -17,12 +18,12 @@ from peft_vision.decomposers._outputs import ByOutputs, Outputs, portions, seen_
 from peft_vision.decomposers._scheme import Rank, Scheme
 from peft_vision.layers.factorized import Factored, chain
 from peft_vision.layers.layer_shape import LayerShape, per_group
-from peft_vision.method import Evidence, Method, Stage
+from peft_vision.method import Evidence
 from peft_vision.plan import Decisions
 
 
 @dataclass(frozen=True)
-class Svd(Method, ByOutputs):
+class Svd(Factoring, ByOutputs):
     """Replace a linear, a 1 x 1 convolution or a patch embedding by two with R channels between.
 
     With images it is the error of the layer's output that is made least, not the weight's.
@@ -44,32 +45,20 @@ class Svd(Method, ByOutputs):
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
-    stage: ClassVar[Stage] = Stage.FACTOR
-    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
-
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
         check_kinds(self.layers)
-
-    @property
-    def strength(self) -> float:
-        """The ratio; 1 where ranks are given."""
-        return self.ratio if self.rank is None else 1.0
 
     def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
         """Per layer, the rank."""
         batches = evidence.batches
         if batches is None or self.init == "fresh":
-            return decide(self._job(), backbone, strength, evidence)
+            return super().decide(backbone, strength, evidence)
 
         def seen(sites: Sequence[LayerSite]) -> dict[str, list[Tensor]]:
             return {key: [values] for key, values in spectra(backbone, sites, batches).items()}
 
-        return decide(self._job(), backbone, strength, evidence, seen)
-
-    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Put the pairs in place."""
-        put_in_place(self._job(), backbone, decisions)
+        return decide(self.job(), backbone, strength, evidence, seen)
 
     def apply_on(self, backbone: Backbone, decisions: Decisions, batches: Iterable[Any]) -> None:
         """Put the pairs in place, fitted to what the layers give on these images."""
@@ -77,13 +66,14 @@ class Svd(Method, ByOutputs):
             self.apply(backbone, decisions)
             return
         backbone.call_every_linear()
-        job = self._job()
+        job = self.job()
         for portion in portions(whole_layers(backbone, decisions)):
             seen = seen_by(backbone.model, portion, batches)
             few = {site.key: decisions[site.key] for site in portion}
             put_in_place(job, backbone, few, lambda key, *rest, s=seen: _fitted(job, s[key], *rest))
 
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """See `Factoring`."""
         return Job(_Matrix(), self.layers, self.rank, self.init, self.minimum)
 
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_vision.backbones.sites import Backbone
+from peft_vision.decomposers._factoring import Factoring
 from peft_vision.decomposers._job import Job, check, check_kinds
-from peft_vision.decomposers._layers import decide, put_in_place
 from peft_vision.decomposers._low_rank import along, balanced, bonds, energy, whole, with_tensorly
 from peft_vision.decomposers._matrix_train import MatrixTrain
 from peft_vision.decomposers._scheme import Rank, Scheme
 from peft_vision.layers.factorized import Factored
 from peft_vision.layers.layer_shape import LayerShape, Sizes
-from peft_vision.method import Evidence, Method, Stage
-from peft_vision.plan import Decisions
 
 
 @dataclass(frozen=True)
-class TensorTrain(Method):
+class TensorTrain(Factoring):
     """Replace a convolution by 1 x 1, a filter per direction, 1 x 1, with few channels between.
 
     A 1 x 1 that would not narrow anything is left out. A linear is replaced by two small ones,
@@ -45,27 +42,12 @@ class TensorTrain(Method):
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
-    stage: ClassVar[Stage] = Stage.FACTOR
-    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
-
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
         check_kinds(self.layers)
 
-    @property
-    def strength(self) -> float:
-        """The ratio; 1 where ranks are given."""
-        return self.ratio if self.rank is None else 1.0
-
-    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per layer, the ranks of the train."""
-        return decide(self._job(), backbone, strength, evidence)
-
-    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Put the trains in place."""
-        put_in_place(self._job(), backbone, decisions)
-
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """See `Factoring`."""
         return Job(_Trains(), self.layers, self.rank, self.init, self.minimum)
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_vision.backbones.sites import Backbone
+from peft_vision.decomposers._factoring import Factoring
 from peft_vision.decomposers._job import Job, check
-from peft_vision.decomposers._layers import decide, put_in_place
 from peft_vision.decomposers._low_rank import balanced, bonds, energy, whole, with_tensorly
 from peft_vision.decomposers._scheme import Rank, Scheme
 from peft_vision.layers.layer_shape import LayerShape
-from peft_vision.method import Evidence, Method, Stage
-from peft_vision.plan import Decisions
 
 
 @dataclass(frozen=True)
-class Tucker(Method):
+class Tucker(Factoring):
     """Replace a convolution by one between fewer channels, with a 1 x 1 before and behind it.
 
     A 1 x 1 that would not narrow anything is left out.
@@ -40,26 +37,11 @@ class Tucker(Method):
     minimum: int = 512
     """Layers with fewer weights than this stay as they are."""
 
-    stage: ClassVar[Stage] = Stage.FACTOR
-    reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
-
     def __post_init__(self) -> None:
         check(self.ratio, self.rank, self.init, self.minimum)
 
-    @property
-    def strength(self) -> float:
-        """The ratio; 1 where ranks are given."""
-        return self.ratio if self.rank is None else 1.0
-
-    def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per convolution, the channels before and behind its kernel."""
-        return decide(self._job(), backbone, strength, evidence)
-
-    def apply(self, backbone: Backbone, decisions: Decisions) -> None:
-        """Put the chains in place."""
-        put_in_place(self._job(), backbone, decisions)
-
-    def _job(self) -> Job:
+    def job(self) -> Job:
+        """See `Factoring`."""
         return Job(_Core(), ("convs",), self.rank, self.init, self.minimum)
 
 

@@ -40,7 +40,7 @@ LAYERS: dict[str, nn.Module] = {
 
 def job_of(method: str, **settings: Any) -> Job:
     made: Any = make(method, settings)
-    job: Job = made._job()
+    job: Job = made.job()
     return job
 
 
