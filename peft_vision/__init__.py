@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from peft_vision import errors as errors
+    from peft_vision import tracking as tracking
     from peft_vision.backbones import view as view
     from peft_vision.compression import compress as compress
     from peft_vision.cost import measure as measure
@@ -43,12 +44,14 @@ _PUBLIC = {
     "wrap": ("peft_vision.wrapping", "wrap"),
 }
 
-__all__ = sorted(("__version__", "errors", *_PUBLIC))  # noqa: PLE0605
+_MODULES = ("errors", "tracking")
+
+__all__ = sorted(("__version__", *_MODULES, *_PUBLIC))  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("peft_vision.errors")
+    if name in _MODULES:
+        return importlib.import_module(f"peft_vision.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'peft_vision' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]

@@ -92,6 +92,7 @@ def write_record(
         "metrics": history.metrics,
         "labels": history.labels,
         "preprocessing": history.preprocessing,
+        "task": history.task,
         "versions": versions(),
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in weights

@@ -31,6 +31,8 @@ class History:
         metrics: name -> figure or record, e.g. ``{"top1": {"value": 0.91, "n": 556}}``.
         labels: class names in the order of the outputs.
         preprocessing: how images are prepared (mean, std, size, interpolation, crop_pct).
+        task: what the model was made for and the settings that belong to it, as JSON with a
+            ``name``; None for one image in, one answer out.
     """
 
     source: Spec | None = None
@@ -41,6 +43,7 @@ class History:
     metrics: dict[str, Any] = field(default_factory=dict)
     labels: list[str] | None = None
     preprocessing: dict[str, Any] | None = None
+    task: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> History:
@@ -60,6 +63,7 @@ class History:
             metrics=dict(content.get("metrics") or {}),
             labels=content.get("labels"),
             preprocessing=content.get("preprocessing"),
+            task=content.get("task"),
         )
 
     @property

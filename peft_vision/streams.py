@@ -53,6 +53,11 @@ class Streams(nn.Module):
         return self._types.grids
 
     @property
+    def kinds(self) -> tuple[int, ...]:
+        """How many kinds of tokens each stream has."""
+        return self._types.kinds
+
+    @property
     def patch(self) -> Grid:
         """Height and width of a patch in pixels."""
         return self._site.patch

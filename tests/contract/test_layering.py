@@ -37,7 +37,7 @@ HEIGHTS = (
     ("importance",),
     ("adapted", "several", "compressed", "wrapping", "loading", "merging"),
     ("search", "pricing", "mixing", "choosing", "result"),
-    ("compression", "evaluation", "mask_training", "recovery"),
+    ("compression", "evaluation", "mask_training", "recovery", "tracking"),
     ("recipe",),
     ("memory",),
     ("finetuning", "quickstart"),

@@ -1,0 +1,1 @@
+"""Readers of tracking data sets, one public layout per file; found by their stems."""
