@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite, device_of
+from peft_vision.cost import run_images
 from peft_vision.errors import BadSetting
 from peft_vision.layers.showing import images_of
 from peft_vision.layers.trunk import Stream, Trunk, blocks_in
@@ -119,7 +120,7 @@ class Walk:
         handle = first.register_forward_pre_hook(stop, with_kwargs=True)
         parameter = next(self.model.parameters())
         try:
-            self.model(images.to(device_of(self.model), parameter.dtype))
+            run_images(self.model, images.to(device_of(self.model), parameter.dtype))
         except _Entered as entered:
             return entered.args_given, entered.kwargs_given
         finally:

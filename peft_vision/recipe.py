@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from peft_vision.data.settings import DataSettings
 from peft_vision.errors import BadSetting, CannotWrite, OutputExists, RecipeError, UnknownName
 from peft_vision.lookup import PACKAGE, nearest
+from peft_vision.tracking.geometry import NAME as TRACKING
+from peft_vision.tracking.settings import PairSettings, TrackingSettings
 from peft_vision.training.settings import TrainSettings
 from peft_vision.training.yaml_marks import Path as Keys
 from peft_vision.training.yaml_marks import dotted, read
@@ -27,6 +29,8 @@ from peft_vision.training.yaml_schema import (
 )
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+IMAGES_TAG, TRACKING_TAG = "<images>", "<tracking>"
+"""Of the sections that a task decides the keys of; no key is written like this."""
 
 
 class ModelSettings(BaseModel):
@@ -86,6 +90,26 @@ class TaskSettings(BaseModel):
     distillation: DistillationSettings | None = None
 
 
+def _task_tag(given: Any) -> str:
+    name = given.get("name") if isinstance(given, dict) else getattr(given, "name", None)
+    return TRACKING_TAG if name == TRACKING else IMAGES_TAG
+
+
+def _data_tag(given: Any) -> str:
+    has = "sources" in given if isinstance(given, dict) else isinstance(given, PairSettings)
+    return TRACKING_TAG if has else IMAGES_TAG
+
+
+Data = Annotated[
+    Annotated[DataSettings, Tag(IMAGES_TAG)] | Annotated[PairSettings, Tag(TRACKING_TAG)],
+    Discriminator(_data_tag),
+]
+AnyTask = Annotated[
+    Annotated[TaskSettings, Tag(IMAGES_TAG)] | Annotated[TrackingSettings, Tag(TRACKING_TAG)],
+    Discriminator(_task_tag),
+]
+
+
 class Recipe(BaseModel):
     """A fine-tuning run. Without `methods` all weights are trained.
 
@@ -99,8 +123,8 @@ class Recipe(BaseModel):
 
     model: ModelSettings
     methods: list[MethodSettings] = []
-    data: DataSettings
-    task: TaskSettings = TaskSettings()
+    data: Data
+    task: AnyTask = TaskSettings()
     train: TrainSettings = TrainSettings()
     memory: str | None = None
     output: Annotated[str, Field(min_length=1)] = "out"
@@ -148,6 +172,7 @@ def load_recipe(
     for key, value in (flags or {}).items():
         doc = _long_form(put(doc, key, value, f"--{key}"))
     recipe = validate(Recipe, doc)
+    _check_task(recipe, doc)
     _check_methods(recipe, doc)
     return LoadedRecipe(recipe, doc)
 
@@ -237,6 +262,21 @@ def _long_form(doc: Document) -> Document:
             {"name": entry} if isinstance(entry, str) else entry for entry in content["methods"]
         ]
     return Document(content, origins, doc.name)
+
+
+def _check_task(recipe: Recipe, doc: Document) -> None:
+    """Refuse data that the task cannot learn from.
+
+    Raises:
+        RecipeError: with the line.
+    """
+    pairs = isinstance(recipe.data, PairSettings)
+    if pairs != (recipe.task.name == TRACKING):
+        wanted = "data.train" if pairs else "data.sources (folders of sequences)"
+        raise RecipeError(
+            f"{origin_of(doc, ('data',))}: the task {recipe.task.name} needs {wanted}"
+            + (f"; data.sources goes with task: {{name: {TRACKING}}}." if pairs else ".")
+        )
 
 
 def _check_methods(recipe: Recipe, doc: Document) -> None:

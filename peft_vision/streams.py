@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones import view
+from peft_vision.backbones.joint import together
 from peft_vision.backbones.positions import PositionsSite
 from peft_vision.cost import unwrap
 from peft_vision.errors import BadSetting, UnsupportedSite
-from peft_vision.layers.positions import Grid, TypeRows, joined
+from peft_vision.layers.positions import Grid, TypeRows
 
 
 class Streams(nn.Module):
@@ -94,35 +95,7 @@ class Streams(nn.Module):
         maps = list(kinds) if kinds is not None else [None] * len(images)
         self._check(images, maps)
         self._check_prefix(prefix)
-        parts = [self._embed(i, image, maps[i]) for i, image in enumerate(images)]
-        sizes = [part.shape[1] for part in parts]
-        if prefix:
-            front = self._front(parts[0])
-            parts, sizes = [front, *parts], [front.shape[1], *sizes]
-        site = self._site
-        rope = site.parts.rope and joined([site.parts.rope(site.model, x) for x in images])
-        tokens = site.parts.encode(site.model, torch.cat(parts, dim=1), rope)
-        return list(torch.split(tokens, sizes, dim=1))
-
-    def _embed(self, stream: int, image: Tensor, kinds: Tensor | None) -> Tensor:
-        site, types = self._site, self._types
-        x = site.parts.patches(site.model, image)
-        table = site.rows()
-        if table is not None:
-            x = x + types.spatial(stream, table)
-        return self._drop(x) + types.rows(stream, kinds).to(x.dtype)
-
-    def _front(self, like: Tensor) -> Tensor:
-        site = self._site
-        tokens = site.parts.prefix(site.model)
-        if tokens is None:
-            return like[:, :0]
-        return self._drop(tokens.expand(like.shape[0], -1, -1))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        inner = self._types.inner
-        dropped: Tensor = inner(x) if isinstance(inner, nn.Dropout) else x
-        return dropped
+        return together(self._site, self._types, images, maps, prefix=prefix)
 
     def _check(self, images: Sequence[Tensor], kinds: Sequence[Tensor | None]) -> None:
         grids, patch = self.grids, self.patch
@@ -147,8 +120,10 @@ class Streams(nn.Module):
                 f"kinds of stream {stream} is {given.dtype} of {tuple(given.shape)}; it has to be "
                 f"whole numbers below {count}, of {shape}."
             )
-        # On an accelerator, and in a graph, to look at the numbers would mean to wait for them.
+        # On an accelerator, and in a graph, to look at the numbers would mean to wait for them;
+        # tensors of a kind of their own may have none.
         seen = given.device.type == "cpu" and not torch.compiler.is_compiling()
+        seen = seen and type(given) is Tensor
         if seen and not 0 <= int(given.min()) <= int(given.max()) < count:
             raise BadSetting(
                 f"kinds of stream {stream} goes from {int(given.min())} to {int(given.max())}; "

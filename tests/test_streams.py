@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peft_vision as pv
 from peft_vision.backbones import view
+from peft_vision.backbones.joint import embedded
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.prompts import Prompts
 from peft_vision.streams import Streams
@@ -304,7 +305,8 @@ def test_rotary_blocks_without_the_first_tokens(make: Any) -> None:
     site, hidden = site_of(model), model.num_prefix_tokens
     expected = streams(pair(), kinds())
     tokens = [torch.randn(2, hidden, WIDTH).double()]
-    tokens += [streams._embed(i, x, kinds()[i]) for i, x in enumerate(pair())]
+    assert site.types is not None
+    tokens += [embedded(site, site.types, i, x, kinds()[i]) for i, x in enumerate(pair())]
     count = sum(t.shape[1] for t in tokens)
     mask = torch.zeros(count, count, dtype=torch.float64)
     mask[:, :hidden] = -torch.inf
@@ -380,10 +382,12 @@ def test_refusals() -> None:
         Streams(timm_vit())
     with pytest.raises(UnsupportedSite, match="TinyCnn has no positions"):
         Streams(build("generic_cnn"))
-    streams = tracker("timm_vit")
-    reduce_tokens(streams.model, 0.5)
+    with pytest.raises(UnsupportedSite, match="holds the patches of several images"):
+        reduce_tokens(tracker("timm_vit").model, 0.5)
+    reduced = timm_vit()
+    reduce_tokens(reduced, 0.5)
     with pytest.raises(UnsupportedSite, match="drops tokens on the way"):
-        streams(pair())
+        Streams(decoupled(reduced, **TRACKER))(pair())
     folded = pv.wrap(timm_vit(), METHOD)
     with pytest.raises(UnsupportedSite, match="not decoupled"):
         Streams(pv.merge(folded))

@@ -10,11 +10,12 @@ import importlib
 
 from torch import nn
 
+from peft_vision.backbones.joint import with_streams
 from peft_vision.backbones.sites import Backbone
 from peft_vision.lookup import stems
 
 FALLBACK = "generic"
-INFRASTRUCTURE = ("sites", "assembly", "channels", "positions", "width", FALLBACK)
+INFRASTRUCTURE = ("sites", "assembly", "channels", "joint", "positions", "width", FALLBACK)
 
 
 def families() -> list[str]:
@@ -42,7 +43,7 @@ def view(model: nn.Module) -> Backbone:
             continue
         reason = family.why_not(model)
         if not reason:
-            backbone: Backbone = family.view(model)
+            backbone: Backbone = with_streams(family.view(model))
             return backbone
     fallback = importlib.import_module(f"{__name__}.{FALLBACK}")
     seen: Backbone = fallback.view(model, reason)

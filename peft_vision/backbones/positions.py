@@ -85,6 +85,11 @@ class PositionsSite:
         return module if isinstance(module, TypeRows) else None
 
     @property
+    def joint(self) -> bool:
+        """Whether the sequence holds the patches of several images."""
+        return self.types is not None and len(self.types.grids) > 1
+
+    @property
     def reduces(self) -> bool:
         """Whether tokens leave on the way through the blocks."""
         trunk = self._trunk()

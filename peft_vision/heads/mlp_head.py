@@ -98,7 +98,13 @@ class MlpHead(Adapter):
         if strength <= 0:
             return {}
         backbone.require("readouts")
-        return {site.key: self._decision(backbone, site) for site in backbone.readouts}
+        # The tokens of several images are read once, whatever else a model would read them with.
+        sites = backbone.readouts[:1] if self._joint(backbone) else backbone.readouts
+        return {site.key: self._decision(backbone, site) for site in sites}
+
+    def _joint(self, backbone: Backbone) -> bool:
+        positions = backbone.positions
+        return self.readout in DENSE and positions is not None and positions.joint
 
     def _decision(self, backbone: Backbone, site: ReadoutSite) -> dict[str, Any]:
         count = 5 if self.readout == "boxes" else self.outputs or site.count
@@ -113,6 +119,11 @@ class MlpHead(Adapter):
         return sizes if self.readout in POOLED else {**sizes, **self._grid(backbone, site)}
 
     def _grid(self, backbone: Backbone, site: ReadoutSite) -> dict[str, Any]:
+        positions = backbone.positions
+        if site.dense is None and self._joint(backbone) and positions and positions.types:
+            # The model pools, but the pass of several images does not go through its end.
+            grid = list(positions.types.grids[-1])
+            return {"inputs": positions.width, "grid": grid, "prefix": 0, "size": None}
         if site.dense is None or site.grid is None:
             raise UnsupportedSite(
                 f"{type(backbone.model).__name__} pools its tokens before {site.key} and cannot be "

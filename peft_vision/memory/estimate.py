@@ -10,14 +10,25 @@ from torch import nn
 from peft_vision.backbones import view
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import input_size, unwrap
+from peft_vision.data.settings import DataSettings
 from peft_vision.errors import BadSetting
 from peft_vision.history import History
 from peft_vision.loading import load
 from peft_vision.memory.figures import MemoryEstimate
 from peft_vision.memory.rehearsal import Loss, Rehearsal
-from peft_vision.recipe import LoadedRecipe, MethodSettings, ModelSettings, Recipe, load_recipe
+from peft_vision.recipe import (
+    LoadedRecipe,
+    MethodSettings,
+    ModelSettings,
+    Recipe,
+    TaskSettings,
+    load_recipe,
+)
 from peft_vision.sources import create_model
 from peft_vision.tasks.classification import Classification, Distillation
+from peft_vision.tracking.geometry import NAME as TRACKING
+from peft_vision.tracking.model import TrackingModel
+from peft_vision.tracking.task import Tracking
 from peft_vision.training.settings import TrainSettings
 from peft_vision.wrapping import wrap
 
@@ -98,22 +109,32 @@ def rehearsal_of(
         ArtifactError: the configuration of a transformers model cannot be had.
     """
     with torch.device("meta"):
-        plain = create_model(recipe.model.name, pretrained=False, **recipe.model.arguments(classes))
-    size = input_size(plain, image_size or recipe.data.image_size)
+        outputs = recipe.model.arguments(0 if recipe.task.name == TRACKING else classes)
+        plain = create_model(recipe.model.name, pretrained=False, **outputs)
+    size = input_size(plain, image_size or _side(recipe))
     # Where it came from, its weights and its cost, which take long to find out, are not asked for.
     model: nn.Module = CompressedModel(plain, History(fingerprint=NONE, before={}))
     for entry in recipe.methods:
         model = _wrapped(model, entry, recipe)
+    if not isinstance(recipe.task, TaskSettings):
+        size = input_size(unwrap(model))
+        return Rehearsal(TrackingModel(model), size, Tracking(), None, processes, loss, classes)
     task, teacher = Classification(recipe.task.label_smoothing), None
     wanted = recipe.task.distillation
     if wanted is not None:
         how = Distillation(wanted.weight, wanted.temperature)
-        task, teacher = Classification(recipe.task.label_smoothing, how), _teacher(recipe, classes)
+        task = Classification(recipe.task.label_smoothing, how)
+        teacher = _teacher(wanted.teacher, classes)
     return Rehearsal(model, size, task, teacher, processes, loss, classes)
 
 
+def _side(recipe: Recipe) -> int | None:
+    """Pixels of the images, where the recipe says so."""
+    return recipe.data.image_size if isinstance(recipe.data, DataSettings) else None
+
+
 def _wrapped(model: nn.Module, entry: MethodSettings, recipe: Recipe) -> nn.Module:
-    size = None if view(unwrap(model)).input_size else recipe.data.image_size
+    size = None if view(unwrap(model)).input_size else _side(recipe)
     try:
         with torch.device("meta"):
             wrapped: nn.Module = wrap(model, entry.name, image_size=size, **entry.settings)
@@ -126,10 +147,8 @@ def _wrapped(model: nn.Module, entry: MethodSettings, recipe: Recipe) -> nn.Modu
     return wrapped
 
 
-def _teacher(recipe: Recipe, classes: int) -> nn.Module:
+def _teacher(name: str, classes: int) -> nn.Module:
     """The teacher without numbers; one in a saved folder is loaded as it is."""
-    wanted = recipe.task.distillation
-    name = "" if wanted is None else wanted.teacher
     if Path(name).exists():
         teacher: nn.Module = load(name)
         return teacher

@@ -97,7 +97,7 @@ class Rehearsal:
                 if teacher is not None:
                     tracker.hold_weights(teacher, "teacher's ")
                 update = step_of(model, settings, tracker)
-                batches = [self._batch(micro, tracker) for _ in range(passes)]
+                batches = [self._batch(model, micro, tracker) for _ in range(passes)]
                 tracker.reset_peak()
                 if passes > 1:  # from the second pass on the gradients of the first are there
                     _fill_gradients(trained, tracker)
@@ -105,11 +105,8 @@ class Rehearsal:
                 update()
         return dict(tracker.at_peak)
 
-    def _batch(self, micro: int, tracker: PeakTracker) -> dict[str, Tensor]:
-        batch = {
-            "pixel_values": torch.empty(micro, *self.image_size),
-            "labels": torch.empty(micro, dtype=torch.int64),
-        }
+    def _batch(self, model: nn.Module, micro: int, tracker: PeakTracker) -> dict[str, Tensor]:
+        batch = self.task.example(model, micro, self.image_size)
         tracker.hold(INPUTS, batch.values())
         return batch
 

@@ -30,14 +30,20 @@ def tokens_of(backbone: Backbone) -> TokensSite:
     """The token stream.
 
     Raises:
-        UnsupportedSite: there is none, with the reason; no block has attention to choose by; or
-            every token votes in the result.
+        UnsupportedSite: there is none, with the reason; no block has attention to choose by; every
+            token votes in the result; or several images are in one sequence.
     """
     backbone.require("tokens")
     site = backbone.tokens
     if site is None or not blocks_with_attention(backbone):
         raise UnsupportedSite(
             f"{type(backbone.model).__name__} has no attention left that could choose tokens."
+        )
+    if backbone.positions is not None and backbone.positions.joint:
+        raise UnsupportedSite(
+            f"The sequence of {type(backbone.model).__name__} holds the patches of several images, "
+            "and where those of each stand would be lost. Methods that remove heads and hidden "
+            "units work."
         )
     trunk = site.trunk_if_any()
     if trunk is not None and trunk.votes is not None and trunk.votes.rows is None:

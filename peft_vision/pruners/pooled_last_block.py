@@ -49,6 +49,8 @@ def _tokens(backbone: Backbone) -> TokensSite:
         raise UnsupportedSite(
             f"{name} reads more of its last block than the class token (pooling: {pooled})."
         )
+    if backbone.positions is not None and backbone.positions.joint:
+        raise UnsupportedSite(f"{name} takes several images, whose patches are read.")
     if not backbone.readouts:
         raise UnsupportedSite(
             f"{name} hands over all its tokens; only a classifier reads the class token alone."

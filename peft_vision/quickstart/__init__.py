@@ -28,6 +28,7 @@ from peft_vision.evaluation import evaluate
 from peft_vision.exporting import export
 from peft_vision.files import refuse_existing, write_json_atomic
 from peft_vision.finetuning import finetune
+from peft_vision.finetuning.images import sections
 from peft_vision.loading import load
 from peft_vision.merging import merge
 from peft_vision.method import make, names
@@ -103,8 +104,9 @@ def quickstart(
     words = _FAST if fast else ()
     first, second = load_recipe(FINETUNE, words).recipe, load_recipe(RECOVER, words).recipe
     with clock("read the images"):
-        data = open_split(first.data, first.seed)
-        baselines = demo.baselines(first.data.train.removeprefix("demo/"))
+        settings, _ = sections(first)
+        data = open_split(settings, first.seed)
+        baselines = demo.baselines(settings.train.removeprefix("demo/"))
     with clock(f"fine-tune on {len(data.train)} images"):
         tuned = finetune(first, output=folder / "finetuned", overwrite=overwrite, say=say)
         dense = merge(tuned.model).eval()
@@ -163,7 +165,8 @@ def _methods(recipe: Recipe) -> list[Any]:
 
 def _recover(result: Result, dense: nn.Module, data: Split, recipe: Recipe) -> None:
 
-    how = recipe.task.distillation
+    images, task = sections(recipe)
+    how = task.distillation
     taught: dict[str, Any] = {}
     if how is not None:
         taught = {"weight": how.weight, "temperature": how.temperature}
@@ -173,7 +176,7 @@ def _recover(result: Result, dense: nn.Module, data: Split, recipe: Recipe) -> N
         data,
         seed=recipe.seed,
         settings=recipe.train,
-        augmentation=recipe.data.augmentation,
+        augmentation=images.augmentation,
         **taught,
     )
 

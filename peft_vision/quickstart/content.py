@@ -8,6 +8,7 @@ from peft_vision import __version__
 from peft_vision.artifact import versions
 from peft_vision.data import demo as demo_data
 from peft_vision.data.preprocessing import evaluation_transform
+from peft_vision.finetuning.images import sections
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Outcome, weight_bytes
 from peft_vision.report.anatomy import blocks_left, overlays_of, patches_of
 from peft_vision.report.content import ReportContent
@@ -45,7 +46,7 @@ def content_of(
     prepare = evaluation_transform(described)
     images = torch.stack([prepare(data.validation.image(place)) for place in shown])
     titles = [f"Solar cell, {data.names[data.validation.targets[place]]}" for place in shown]
-    name = recipes[0].data.train
+    name = sections(recipes[0])[0].train
     return ReportContent(
         title=f"{recipes[0].model.name} on {name}, compressed to {BUDGET:g} of its FLOPs",
         summary=_summary(outcome, demo_model.DESCRIPTION),
@@ -91,7 +92,7 @@ def _settings(outcome: Outcome, recipes: tuple[Recipe, Recipe], data: Split) -> 
     import torch
 
     first, second = recipes
-    how = second.task.distillation
+    how = sections(second)[1].distillation
     exported = outcome.measured.exported
     return {
         "fine-tuning": _methods(first),

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peft_vision.errors import BadSetting
@@ -40,6 +41,19 @@ class Task(ABC):
             BadSetting: where the task has no use for one.
         """
         raise BadSetting(f"{type(self).__name__} has no use for a teacher; fit it without one.")
+
+    def example(
+        self, model: nn.Module, count: int, image_size: tuple[int, int, int]
+    ) -> dict[str, Tensor]:
+        """A batch of `count` samples of the right shapes; its numbers are of no account.
+
+        Args:
+            image_size: channels, height and width of the images.
+        """
+        return {
+            "pixel_values": torch.empty(count, *image_size),
+            "labels": torch.empty(count, dtype=torch.int64),
+        }
 
     def collate(self, samples: Sequence[Any]) -> dict[str, Tensor]:
         """Join samples to a batch: by default each entry of their dicts is stacked."""

@@ -70,7 +70,7 @@ def covered(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
 def _reached(low: Tensor, high: Tensor, count: int) -> Tensor:
     cells = torch.arange(count, device=low.device)
     first, end = torch.floor(low + EDGE)[:, None], torch.ceil(high - EDGE)[:, None]
-    return (cells >= first) & (cells < end)
+    return (cells >= first) & (cells < end) & (high > low)[:, None]
 
 
 def _overlap(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,9 +51,7 @@ class Crop:
         return cls.centered(middle, (scale, scale), side)
 
     @classmethod
-    def centered(
-        cls, middle: tuple[float, float], scale: tuple[float, float], side: int
-    ) -> Crop:
+    def centered(cls, middle: tuple[float, float], scale: tuple[float, float], side: int) -> Crop:
         """The crop with a point of the frame in its middle."""
         shift = (side / 2 - scale[0] * middle[0], side / 2 - scale[1] * middle[1])
         return cls(scale, shift, side)

@@ -82,9 +82,7 @@ class TrackingModel(nn.Module):
         known: Mapping[str, Any] = History.of(self.model).preprocessing or preprocessing.default()
         return list(known["mean"]), list(known["std"])
 
-    def forward(
-        self, template: Tensor, search: Tensor, foreground: Tensor | None = None
-    ) -> Boxes:
+    def forward(self, template: Tensor, search: Tensor, foreground: Tensor | None = None) -> Boxes:
         """Scores and boxes of all places of the search image.
 
         Args:

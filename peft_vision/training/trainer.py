@@ -320,4 +320,5 @@ class VisionTrainer(Trainer):
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     table = parameter.ndim == 3 and parameter.shape[0] == 1
+    table = table or "embed" in name.rpartition(".")[2]
     return parameter.ndim >= 2 and not table and not name.endswith("bias")

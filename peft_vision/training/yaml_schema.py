@@ -124,12 +124,13 @@ def leaves(content: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def _mistake(schema: type[BaseModel], doc: Document, problem: Mapping[str, Any]) -> str:
-    path: Path = tuple(problem["loc"])
+    tagged: Path = tuple(problem["loc"])
+    path = tuple(part for part in tagged if not _is_tag(part))
     key, kind = dotted(path), problem["type"]
     where = origin_of(doc, path)
     where = doc.name if where == "default" else where
     if kind == "extra_forbidden":
-        known = _keys_at(schema, path[:-1])
+        known = _keys_at(schema, tagged[:-1])
         near = nearest(str(path[-1]), known, count=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
         return f"{where}: there is no setting {key}. {hint}"
@@ -139,7 +140,7 @@ def _mistake(schema: type[BaseModel], doc: Document, problem: Mapping[str, Any])
         )
     allowed = str(problem["msg"]).replace("Input should be", "it should be")
     if kind in ("model_type", "dict_type", "model_attributes_type"):
-        known = _keys_at(schema, path)
+        known = _keys_at(schema, tagged)
         allowed = f"it should be a section with {', '.join(known) or 'key: value lines'}"
     return f"{where}: {key} is {_shown(problem['input'])}; {_decapitalized(allowed)}."
 
@@ -159,11 +160,28 @@ def _keys_at(schema: type[BaseModel], path: Path) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        field = found.model_fields.get(part) if _is_model(found) else None
+        if _is_tag(part):
+            found = _tagged(found, str(part))
+            continue
+        inside = _model_in(found)
+        field = inside.model_fields.get(part) if _is_model(inside) else None
         if field is None:
             return []
-        found = _model_in(field.annotation)
-    return list(found.model_fields) if _is_model(found) else []
+        found = field.annotation
+    inside = _model_in(found)
+    return list(inside.model_fields) if _is_model(inside) else []
+
+
+def _is_tag(part: object) -> bool:
+    """Whether a part of a place says which of several schemas was meant; no key looks like it."""
+    return isinstance(part, str) and part.startswith("<")
+
+
+def _tagged(annotation: Any, tag: str) -> Any:
+    """The member of a union that carries a tag."""
+    members = typing.get_args(annotation)
+    named = (m for m in members if any(getattr(a, "tag", None) == tag for a in m.__metadata__))
+    return typing.get_args(next(named))[0]
 
 
 def _model_in(annotation: Any) -> Any:

@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft_vision.backbones import view
-from peft_vision.compressed import CompressedModel
-from peft_vision.data import preprocessing
-from peft_vision.data.image_set import ImageSet, batches_of
-from peft_vision.data.source import open_split
-from peft_vision.errors import BadSetting, DataError, GradientMissing, UnsupportedSite
-from peft_vision.history import History
-from peft_vision.loading import load
+from peft_vision.errors import BadSetting, GradientMissing, UnsupportedSite
+from peft_vision.finetuning.images import ImagesJob
+from peft_vision.finetuning.job import Job, Say
+from peft_vision.finetuning.pairs import PairsJob, is_tracking
 from peft_vision.memory import settling
 from peft_vision.memory.estimate import rehearsal_of
 from peft_vision.memory.rehearsal import Rehearsal
-from peft_vision.recipe import LoadedRecipe, ModelSettings, Recipe, load_recipe
-from peft_vision.sources import create_model
-from peft_vision.tasks.classification import Classification, Distillation, check_outputs
+from peft_vision.recipe import LoadedRecipe, Recipe, load_recipe
 from peft_vision.training import identity
 from peft_vision.training.fit import fit
 from peft_vision.training.processes import joined
 from peft_vision.training.run_folder import RunFolder, open_run
-from peft_vision.wrapping import wrap
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peft_vision.data.images import LabeledImages
-    from peft_vision.data.source import Split
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -99,15 +84,16 @@ def finetune(
     run = open_run(folder, wanted, overwrite=overwrite, resume=resume)
     fitting = _Fitting(plan, run, force, say, state.num_processes)
     chosen = fitting.before_anything()
-    data = _open_data(plan, say)
-    run = open_run(folder, wanted | identity.of_data(data), overwrite=overwrite, resume=resume)
-    model = build(plan, data.names, data.train)
+    job = _opened(plan, say)
+    wanted |= job.identity()
+    run = open_run(folder, wanted, overwrite=overwrite, resume=resume)
+    model = job.build()
     if chosen is None:
-        chosen = fitting.with_model(model)
+        chosen = fitting.settled(job.rehearsal(model, state.num_processes))
     plan = plan.model_copy(update={"train": plan.train.model_copy(update=chosen)})
     state.wait_for_everyone()
     if state.is_main_process:
-        run.begin(wanted | identity.of_data(data))
+        run.begin(wanted)
         if plan.memory is not None:
             settling.record(run.run_dir, chosen)
     state.wait_for_everyone()
@@ -115,8 +101,8 @@ def finetune(
         say(f"Training with {state.num_processes} processes ({state.backend}).")
     if run.resumed is not None:
         say(f"Resuming the unfinished run in {folder} from step {run.resumed}.")
-    metrics = _fit(model, plan, data, run)
-    model.history.metrics = _records(metrics, data)
+    metrics = _fit(model, job, plan, run)
+    model.history.metrics = job.records(metrics)
     if state.is_main_process:
         _save(model, run, plan)
     state.wait_for_everyone()
@@ -144,51 +130,11 @@ class _Fitting:
             rehearsal = rehearsal_of(self.recipe, processes=self.processes)
         except (BadSetting, UnsupportedSite, GradientMissing):
             return None  # it needs numbers; or else it is the same when the model is built
-        return self._settled(rehearsal)
+        return self.settled(rehearsal)
 
-    def with_model(self, model: Any) -> dict[str, Any]:
-        """The same, of the model at hand."""
-        size = model.history.preprocessing["size"]
-        task, teacher = _task(self.recipe, model.history.labels)
-        return self._settled(
-            Rehearsal(model, (3, size, size), task, teacher, processes=self.processes)
-        )
-
-    def _settled(self, rehearsal: Rehearsal) -> dict[str, Any]:
+    def settled(self, rehearsal: Rehearsal) -> dict[str, Any]:
+        """What is chosen for the recipe's memory, or the GPU that is there."""
         return settling.settle(self.recipe, rehearsal, force=self.force, say=self.say)
-
-
-def build(recipe: Recipe, labels: Sequence[str], data: LabeledImages | None = None) -> Any:
-    """The recipe's model with its methods, its labels and its preprocessing, untrained.
-
-    Args:
-        recipe: a recipe.
-        labels: class names; the head gets as many outputs.
-        data: training images, for methods that decide by data.
-
-    Raises:
-        UnknownName, BadSetting, UnsupportedSite, GradientMissing: model or method does not fit.
-    """
-    import torch
-
-    torch.manual_seed(recipe.seed)
-    plain = create_model(
-        recipe.model.name,
-        pretrained=recipe.model.pretrained,
-        **recipe.model.arguments(len(labels)),
-    )
-    size = view(plain).input_size
-    described = preprocessing.of_model(plain, recipe.model.name, size[-1] if size else None)
-    if recipe.data.image_size is not None:
-        described = {**described, "size": recipe.data.image_size}
-    batches = (
-        None if data is None else batches_of(data, preprocessing.evaluation_transform(described))
-    )
-    model = _wrapped(plain, recipe, batches)
-    model.history.labels = list(labels)
-    model.history.preprocessing = described
-    check_outputs(model, described["size"], len(labels))
-    return model
 
 
 def _recipe_of(
@@ -206,76 +152,27 @@ def _recipe_of(
     return found if output is None else found.model_copy(update={"output": str(output)})
 
 
-def _open_data(recipe: Recipe, say: Say) -> Split:
-
+def _opened(recipe: Recipe, say: Say) -> Job:
     with joined(recipe.train.device).main_process_first():
-        data = open_split(recipe.data, recipe.seed)
-    for note in data.notes:
+        job: Job = PairsJob(recipe) if is_tracking(recipe) else ImagesJob(recipe)
+    for note in job.notes:
         say(note)
-    return data
+    return job
 
 
-def _fit(model: Any, recipe: Recipe, data: Split, run: RunFolder) -> dict[str, float]:
-
-    described = model.history.preprocessing
-    augmented = preprocessing.training_transform(described, recipe.data.augmentation)
-    plain = preprocessing.evaluation_transform(described)
-    task, teacher = _task(recipe, data.names)
+def _fit(model: Any, job: Job, recipe: Recipe, run: RunFolder) -> dict[str, float]:
+    learning = job.learning(model)
     return fit(
-        model,
-        task,
-        ImageSet(data.train, augmented, recipe.seed),
-        ImageSet(data.validation, plain),
+        learning.model,
+        learning.task,
+        learning.train,
+        learning.validation,
         recipe.train,
-        teacher=teacher,
+        teacher=learning.teacher,
         run_dir=run.run_dir,
         log_dir=run.log_dir,
         seed=recipe.seed,
     )
-
-
-def _records(metrics: Mapping[str, float], data: Split) -> dict[str, Any]:
-    """Figures as they are stored: with the count and the data behind them."""
-    behind = {"n": len(data.validation), "data": data.validation.origin}
-    kept = {name: value for name, value in metrics.items() if name in ("top1", "top5", "loss")}
-    return {name: {"value": value, **behind} for name, value in kept.items()}
-
-
-def _task(recipe: Recipe, labels: Sequence[str]) -> tuple[Classification, nn.Module | None]:
-
-    wanted = recipe.task.distillation
-    if wanted is None:
-        return Classification(recipe.task.label_smoothing), None
-    how = Distillation(wanted.weight, wanted.temperature)
-    return Classification(recipe.task.label_smoothing, how), _teacher(wanted.teacher, labels)
-
-
-def _teacher(name: str, labels: Sequence[str]) -> nn.Module:
-    """A saved folder with the same classes in the same order, or a model by name.
-
-    Raises:
-        DataError: the teacher knows other classes.
-    """
-    if not Path(name).exists():
-        return create_model(name, **ModelSettings(name=name).arguments(len(labels)))
-    loaded: nn.Module = load(name)
-    known: list[str] | None = History.of(loaded).labels
-    if known is not None and list(known) != list(labels):
-        raise DataError(
-            f"The teacher {name} knows the classes {', '.join(known[:10])}, the data have "
-            f"{', '.join(list(labels)[:10])}. A teacher with the same classes in order works."
-        )
-    return loaded
-
-
-def _wrapped(plain: nn.Module, recipe: Recipe, batches: list[Any] | None) -> Any:
-
-    if not recipe.methods:
-        return CompressedModel(plain, History.of(plain)).requires_grad_(True)
-    model: Any = plain
-    for entry in recipe.methods:
-        model = wrap(model, entry.name, data=batches, **entry.settings)
-    return model
 
 
 def _save(model: Any, run: RunFolder, recipe: Recipe) -> None:
