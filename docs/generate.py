@@ -439,6 +439,9 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield worth, filled(worth.read_text(encoding="utf-8"), "importance", importance())
     lean = DOCS / "concepts" / "lean-training.md"
     yield lean, filled(lean.read_text(encoding="utf-8"), "measured", measured("lean-training"))
+    track = DOCS / "how-to" / "track-an-object.md"
+    text = filled(track.read_text(encoding="utf-8"), "study", measured("tracking"))
+    yield track, filled(text, "speed", measured("tracking-speed"))
     fitting = DOCS / "how-to" / "fit-in-memory.md"
     yield fitting, filled(fitting.read_text(encoding="utf-8"), "recipes", predicted_memory())
     catalog = DOCS / "concepts" / "peft-catalog.md"

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from peft_vision.finetuning import Finetuned
     from peft_vision.recipe import LoadedRecipe
 
+SHARES = {"top1": "top1", "top5": "top5", "iou": "IoU", "success50": "IoU above 0.5"}
+"""Figures between 0 and 1 that are shown, where there are such."""
+
 
 def finetune(
     recipe: Annotated[
@@ -81,11 +84,12 @@ def _print_result(result: Finetuned) -> None:
     if not PartialState().is_main_process:
         return
     table = Table("figure", "value")
-    for name in ("top1", "top5"):
+    for name, said in SHARES.items():
         if name in result.metrics:
-            table.add_row(f"validation {name}", f"{result.metrics[name]:.2%}")
+            table.add_row(f"validation {said}", f"{result.metrics[name]:.2%}")
     if "n" in result.metrics:
-        table.add_row("validation images", f"{result.metrics['n']:.0f}")
+        counted = "pairs" if "iou" in result.metrics else "images"
+        table.add_row(f"validation {counted}", f"{result.metrics['n']:.0f}")
     table.add_row("optimizer steps", f"{result.metrics['steps']:.0f}")
     table.add_row("seconds", f"{result.metrics['seconds']:.1f}")
     Console().print(table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft_vision.recipe import Recipe
 from peft_vision.tracking.geometry import NAME
 from peft_vision.tracking.model import TrackingModel
 from peft_vision.tracking.pairs import Pairs
-from peft_vision.tracking.reading import SequenceSet, read_sequences
+from peft_vision.tracking.reading import SequenceSet, read_for_training, read_sequences
 from peft_vision.tracking.settings import PairSettings, SourceSettings, TrackingSettings
 from peft_vision.tracking.task import Tracking
 
@@ -35,7 +35,10 @@ class PairsJob(Job):
             raise RecipeError(f"A recipe of the task {recipe.task.name} is not one on pairs.")
         self.settings, self.task = recipe.data, recipe.task
         self.train, self.validation = _opened(self.settings)
-        self.notes = tuple(_notes([*self.train, *self.validation]))
+        self.notes = (
+            f"Training on {_said(self.train)}; validating on {_said(self.validation)}.",
+            *_notes([*self.train, *self.validation]),
+        )
 
     def identity(self) -> dict[str, Any]:
         """Counts, and digests of names."""
@@ -89,15 +92,15 @@ def is_tracking(recipe: Recipe) -> bool:
 
 
 def _opened(settings: PairSettings) -> tuple[Weighted, Weighted]:
-    train = [_read(source) for source in settings.sources]
+    train = [_read(source, read_for_training) for source in settings.sources]
     if settings.validation:
-        return train, [_read(source) for source in settings.validation]
+        return train, [_read(source, read_sequences) for source in settings.validation]
     parts = [_set_aside(data, weight, settings.validation_fraction) for data, weight in train]
     return [kept for kept, _ in parts], [aside for _, aside in parts]
 
 
-def _read(source: SourceSettings) -> tuple[SequenceSet, float]:
-    found = read_sequences(source.root, source.kind, source.split)
+def _read(source: SourceSettings, read: Callable[..., SequenceSet]) -> tuple[SequenceSet, float]:
+    found = read(source.root, source.kind, source.split)
     if not len(found.sequences):
         raise DataError(f"{source.root} ({found.kind}, {found.split}) holds no sequence.")
     return found, source.weight
@@ -136,6 +139,10 @@ class _Some(Sequence[Any]):
         if isinstance(index, slice):
             return _Some(self.items, self.places[index])
         return self.items[self.places[index]]
+
+
+def _said(sources: Weighted) -> str:
+    return ", ".join(f"{len(data.sequences)} of {data.kind}/{data.split}" for data, _ in sources)
 
 
 def _notes(sources: Weighted) -> list[str]:

@@ -82,7 +82,7 @@ def cut(frame: Frame, crop: Crop, fill: Sequence[float]) -> Tensor:
     down, y0, y1 = _places(crop, 1, frame.shape[0])
     if x0 >= x1 or y0 >= y1:
         return color.expand(3, crop.side, crop.side).contiguous()
-    part = torch.from_numpy(np.ascontiguousarray(frame[y0:y1, x0:x1]))
+    part = torch.from_numpy(frame[y0:y1, x0:x1].copy())  # frames of Pillow cannot be written to
     part = part.permute(2, 0, 1).float() - color
     xs = (across - x0) * 2 / (x1 - x0) - 1
     ys = (down - y0) * 2 / (y1 - y0) - 1

@@ -6,11 +6,33 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from peft_vision.tracking.augmentation import PairAugmentation
 from peft_vision.tracking.geometry import Geometry
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 Positive = Annotated[int, Field(ge=1)]
+
+
+class PairAugmentation(BaseModel):
+    """How much training pairs are changed.
+
+    Attributes:
+        scale_jitter: standard deviation of the logarithm of the search crop's scale, across and
+            down each for itself.
+        shift_jitter: the search crop is moved by up to this many sides of the target; a side is the
+            mean of its width and height.
+        flip: probability of a mirror image, for template and search image each for itself.
+        color: brightness, contrast and saturation change by up to this share.
+        three_augment: one of gray, solarized or blurred, the same for template and search image
+            (3-Augment of DeiT III; Touvron et al., ECCV 2022).
+    """
+
+    model_config = _STRICT
+
+    scale_jitter: Annotated[float, Field(ge=0, le=1)] = 0.25
+    shift_jitter: Annotated[float, Field(ge=0, le=10)] = 3.0
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    color: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    three_augment: bool = True
 
 
 class SourceSettings(BaseModel):
