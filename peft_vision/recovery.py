@@ -48,11 +48,13 @@ def recover(
         The validation figures, also written to ``model.history.metrics``.
 
     Raises:
-        DataError: the images cannot be used. BadSetting: the teacher has other outputs.
+        DataError: the images cannot be used. BadSetting: the teacher has other outputs, or the
+            model does something else than to tell classes apart.
     """
     inner = unwrap(model)
     size = input_size(inner)[1]
     history, taught = History.of(model), History.of(teacher)
+    require_classes(history)
     split = data if isinstance(data, Split) else open_split(DataSettings(train=str(data)), seed)
     _same_classes(taught, split)
     described = history.preprocessing or taught.preprocessing
@@ -81,6 +83,19 @@ def recover(
     )
     _record(model, described, split, figures)
     return figures
+
+
+def require_classes(history: History) -> None:
+    """Refuse a model that recovery has nothing to teach.
+
+    Raises:
+        BadSetting: it was made for another task.
+    """
+    if history.task is not None:
+        raise BadSetting(
+            f"The model is made for {history.task['name']}, and recovery teaches classes. Compress "
+            "without it (--recover-epochs 0), with images to fit what stays on (--data)."
+        )
 
 
 def _same_classes(taught: History, split: Split) -> None:

@@ -62,6 +62,10 @@ def compress(
     from peft_vision.loading import open_model
 
     dense = open_model(model, pretrained=pretrained).to(device)
+    if recover_epochs > 0:
+        from peft_vision.recovery import require_classes
+
+        require_classes(History.of(dense))
     result = run(
         dense,
         target_flops=target_flops,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft_vision.tracking.geometry import Geometry as Geometry
     from peft_vision.tracking.model import TrackingModel as TrackingModel
     from peft_vision.tracking.reading import read_sequences as read_sequences
+    from peft_vision.tracking.submission import figures_of as figures_of
     from peft_vision.tracking.tracker import Tracker as Tracker
 
 _PUBLIC = {
@@ -22,6 +23,7 @@ _PUBLIC = {
     "Tracker": "tracker",
     "TrackingModel": "model",
     "evaluate": "evaluation",
+    "figures_of": "submission",
     "open_frames": "frames",
     "read_sequences": "reading",
 }

@@ -157,3 +157,9 @@ def test_what_is_no_tracker() -> None:
         Geometry.from_json({"name": "counting"})
     with pytest.raises(BadSetting, match=r"window is 1.5; it lies in \[0, 1\)"):
         Geometry(window=1.5)
+
+
+def test_recovery_is_refused_before_anything_is_read() -> None:
+    small = pv.compress(tracker().model, target_flops=0.8, methods="magnitude")
+    with pytest.raises(BadSetting, match="made for tracking, and recovery teaches classes"):
+        pv.recover(small.model, build("timm_dinov2"), "nowhere")
