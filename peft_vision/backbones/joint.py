@@ -35,19 +35,19 @@ def together(
 
 
 def with_streams(backbone: Backbone) -> Backbone:
-    """A model whose positions are decoupled for several streams is counted and run with all.
+    """A model of several streams that reads the last one's tokens is counted and run with all.
 
-    Of one image, every smaller stream is shown the top left part.
+    Of one image, every smaller stream is shown the top left part. A model that has a classifier of
+    pooled features still is one of single images, whatever else is done with its blocks.
     """
     site = backbone.positions
-    if site is None or not site.joint or backbone.run is not None:
+    reading = [s.layer for s in backbone.readouts if isinstance(s.layer, DenseReadout)]
+    if site is None or not site.joint or not reading or backbone.run is not None:
         return backbone
-    return replace(backbone, run=partial(_one_image, site, backbone.readouts))
+    return replace(backbone, run=partial(_one_image, site, reading[0]))
 
 
-def _one_image(
-    site: PositionsSite, readouts: Sequence[Any], model: nn.Module, images: Tensor
-) -> Any:
+def _one_image(site: PositionsSite, readout: DenseReadout, model: nn.Module, images: Tensor) -> Any:
     types = site.types
     if types is None:
         return model(images)
@@ -55,8 +55,7 @@ def _one_image(
     shown = [images[..., :height, :width] for height, width in sides]
     whole = site.prefix > 0 and bool(site.kept)
     *_, tokens = together(site, types, shown, [None] * len(shown), prefix=whole)
-    reading = [s.layer for s in readouts if isinstance(s.layer, DenseReadout)]
-    return reading[0](tokens, types.grids[-1]) if reading else tokens
+    return readout(tokens, types.grids[-1])
 
 
 def embedded(

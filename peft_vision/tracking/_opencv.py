@@ -18,6 +18,8 @@ def opencv() -> Any:
     Raises:
         MissingExtra: it is not installed.
     """
+    # FFmpeg's level is read once, when the first video is opened.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
     try:
         import cv2
     except ImportError as error:
@@ -31,8 +33,6 @@ def opencv() -> Any:
 @contextlib.contextmanager
 def silent(cv2: Any) -> Iterator[None]:
     """What OpenCV and FFmpeg would write on standard error is left out; our message is enough."""
-    # FFmpeg's level is read once, when the first video is opened.
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", _QUIET)
     before = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:

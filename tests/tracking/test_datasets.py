@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from peft_vision.errors import DataError
+from peft_vision.tracking._opencv import opencv
 from peft_vision.tracking.datasets import (
     coco,
     folder,
@@ -270,7 +271,8 @@ def test_a_folder_of_ones_own(tmp_path, place):
 
 
 def test_a_video_of_ones_own(tmp_path):
-    cv2 = pytest.importorskip("cv2")
+    pytest.importorskip("cv2")
+    cv2 = opencv()
     tmp_path.joinpath("a").mkdir()
     writer = cv2.VideoWriter(
         str(tmp_path / "a" / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 48)
