@@ -16,7 +16,6 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,7 @@ def run(name: str, seed: int, folder: Path, cup: str | None) -> dict[str, Any]:
         found |= train(load_recipe(RECIPE).recipe, LEARNED[name], seed, place)
         tracker = str(place)
     held_out = pv.tracking.read_sequences("demo/tracking", split="test")
-    few = replace(held_out, sequences=[held_out.sequences[i] for i in range(SEQUENCES)])
-    found["test"] = evaluated(tracker, few)
+    found["test"] = evaluated(tracker, held_out.only(range(SEQUENCES)))
     if cup is not None:
         found["cup"] = evaluated(tracker, cup)
     return found

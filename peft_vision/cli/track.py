@@ -194,12 +194,9 @@ def _bar(images: Iterator[Frame], total: int | None, *, shown: bool) -> Iterator
     if not shown or not sys.stderr.isatty():
         yield images
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
+    from peft_vision.tracking.following import progress_bar
 
-    columns = (TextColumn("tracking"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress_bar() as bar:
         yield iter(bar.track(images, total=total))
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from peft_vision.backbones import view
@@ -119,26 +118,7 @@ def _set_aside(
     step = max(2, round(1 / share))
     aside = set(range(step // 2, count, step)) or {count - 1}
     kept = [i for i in range(count) if i not in aside]
-    return (_only(data, kept), weight), (_only(data, sorted(aside)), weight)
-
-
-def _only(data: SequenceSet, places: Sequence[int]) -> SequenceSet:
-    return replace(data, sequences=_Some(data.sequences, places))
-
-
-class _Some(Sequence[Any]):
-    """Some of a sequence's items, taken when they are asked for."""
-
-    def __init__(self, items: Sequence[Any], places: Sequence[int]) -> None:
-        self.items, self.places = items, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Some(self.items, self.places[index])
-        return self.items[self.places[index]]
+    return (data.only(kept), weight), (data.only(sorted(aside)), weight)
 
 
 def _said(sources: Weighted) -> str:

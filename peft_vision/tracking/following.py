@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def follow_all(
         )
     broken: dict[str, str] = {}
     done: list[Followed] = []
-    with _bar(progress) as bar:
+    with progress_bar() if progress else nullcontext() as bar:
         tell = _teller(bar, sequences)
         for first in range(0, len(sequences), batch):
             group = sequences[first : first + batch]
@@ -169,10 +169,8 @@ def _followed(name: str, rows: Sequence[Row]) -> Followed:
     return Followed(name, boxes, scores, seconds)
 
 
-def _bar(wanted: bool) -> Any:
-    """A progress bar on standard error, or nothing."""
-    if not wanted:
-        return nullcontext()
+def progress_bar() -> Progress:
+    """A bar on standard error that counts frames."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining

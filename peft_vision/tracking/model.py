@@ -102,11 +102,6 @@ class TrackingModel(nn.Module):
         return found
 
 
-def is_tracker(model: nn.Module) -> bool:
-    """Whether a model's history says that it was made to track."""
-    return History.of(model).task is not None
-
-
 def _readout(model: nn.Module) -> DenseReadout:
     backbone = view(unwrap(model))
     found = [site.layer for site in backbone.readouts if isinstance(site.layer, DenseReadout)]

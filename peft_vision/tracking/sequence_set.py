@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import overload
 
 from peft_vision.errors import DataError
@@ -33,6 +33,12 @@ class SequenceSet:
         """How many sequences there are."""
         return len(self.sequences)
 
+    def only(self, places: Sequence[int]) -> SequenceSet:
+        """The same set with the sequences at some places; lazy ones are not opened for it."""
+        if isinstance(self.sequences, LazySequences):
+            return replace(self, sequences=self.sequences.only(places))
+        return replace(self, sequences=[self.sequences[place] for place in places])
+
 
 class LazySequences(Sequence[TrackingSequence]):
     """Sequences that are opened each time they are asked for; nothing is kept.
@@ -52,6 +58,10 @@ class LazySequences(Sequence[TrackingSequence]):
     ) -> None:
         self._names, self._opened = names, opened
         self._places = range(len(names)) if places is None else places
+
+    def only(self, places: Sequence[int]) -> LazySequences:
+        """Those at some places."""
+        return LazySequences(self._names, self._opened, [self._places[i] for i in places])
 
     @property
     def names(self) -> list[str]:

@@ -14,7 +14,6 @@ from peft_vision.cost import count_flops
 from peft_vision.errors import BadSetting, DamagedArtifact, UnsupportedSite
 from peft_vision.layers.readout import Boxes
 from peft_vision.tracking import Geometry, TrackingModel
-from peft_vision.tracking.model import is_tracker
 from peft_vision.tracking.task import Tracking
 from tests.families import FAMILIES, build
 
@@ -108,7 +107,7 @@ def test_it_survives_saving_merging_and_compression(tmp_path: Path) -> None:
     model.model.save_pretrained(tmp_path / "adapter")
     base = build("timm_dinov2")
     again = TrackingModel(pv.load(tmp_path / "adapter", base=base))
-    assert is_tracker(again.model)
+    assert again.model.history.task["name"] == "tracking"
     assert again.geometry == Geometry(search_area=5.0)
     with torch.no_grad():
         found = again(*given)
