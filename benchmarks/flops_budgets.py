@@ -70,7 +70,7 @@ def closed_form(backbone: Backbone) -> int:
         total += 2 * (n + rows) * d * a + 2 * rows * n * a
         reducer = dict(trunk.reducers.items()).get(str(heads.block)) if trunk else None
         if reducer is not None and rows == n:
-            more, patches = reduced(reducer, patches, tokens.prefix, a, d)
+            more, patches = reduced(reducer, patches, tokens.prefix, d)
             total += more
         gated = len(hidden.parts.up) * hidden.parts.packed
         rows = patches + tokens.prefix if rows == n else rows
@@ -80,13 +80,12 @@ def closed_form(backbone: Backbone) -> int:
     return total + pooling(backbone, patches, d)
 
 
-def reduced(reducer: Any, before: int, prefix: int, a: int, d: int) -> tuple[int, int]:
-    """What choosing and fusing costs in a block, and how many patches are left."""
-    kept = max(1, math.ceil(float(reducer.keep_rate) * before - 1e-9))
-    if kept + int(reducer.fuse) >= before:
-        return 0, before
-    asked = max(1, reducer.rows) * (before + prefix) * a
-    return asked + (before * d if reducer.fuse else 0), kept + int(reducer.fuse)
+def reduced(reducer: Any, before: int, prefix: int, d: int) -> tuple[int, int]:
+    """What finding alike patches and merging them costs in a block, and how many are left."""
+    merged = min(math.floor(reducer.share * before + 0.5), before // 2)
+    left = before - merged
+    alike = (before - before // 2) * (before // 2) * d
+    return alike + (prefix + left) * merged * d, left
 
 
 def pooling(backbone: Backbone, patches: int, d: int) -> int:
