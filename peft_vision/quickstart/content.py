@@ -9,6 +9,7 @@ from peft_vision.artifact import versions
 from peft_vision.data import demo as demo_data
 from peft_vision.data.preprocessing import evaluation_transform
 from peft_vision.finetuning.images import sections
+from peft_vision.presets import expand
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Outcome, weight_bytes
 from peft_vision.report.anatomy import blocks_left, overlays_of, patches_of
 from peft_vision.report.content import ReportContent
@@ -112,8 +113,9 @@ def _settings(outcome: Outcome, recipes: tuple[Recipe, Recipe], data: Split) -> 
 
 def _methods(recipe: Recipe) -> str:
     return ", ".join(
-        " ".join([entry.name, *(f"{key}={value}" for key, value in entry.settings.items())])
+        " ".join([name, *(f"{key}={value}" for key, value in {**preset, **entry.settings}.items())])
         for entry in recipe.methods
+        for name, preset in expand(entry.name)
     )
 
 
