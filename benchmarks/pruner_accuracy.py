@@ -42,6 +42,9 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "`magnitude,token_merging`": (["magnitude", "token_merging"], {}),
     "`path_pruning`": ("path_pruning", {"images": 128}),
     "`vib`, 120 steps": ("vib", {"steps": 120, "batch": 16}),
+    "`union_of_experts`": ("union_of_experts", {}),
+    "`mixture_of_heads`": ("mixture_of_heads", {}),
+    "`sparse_attention`": ("sparse_attention", {}),
 }
 
 
@@ -116,6 +119,9 @@ def rows(cells: list[dict[str, Any]]) -> list[list[str]]:
         line = [name]
         for ratio in RATIOS:
             found = [c for c in cells if c["name"] == name and c["ratio"] in (ratio, None)]
+            if any("refused" in c for c in found):
+                line.append("out of reach")
+                continue
             free = [100 * c["free"] for c in found if "free" in c]
             after = [100 * c["recovered"] for c in found if "recovered" in c]
             line.append(" / ".join(shown(values) for values in (free, after) if values) or "-")

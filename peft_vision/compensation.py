@@ -2,13 +2,15 @@
 
 Where heads or hidden units leave a block, the linear that reads them is fitted again, in closed
 form, on calibration images (CORP; SparseGPT and others do the same for single weights). Blocks are
-done from first to last on the prefix that is already pruned. In the end batch norms take their
+done from first to last on the prefix that is already pruned. Where units are kept for some tokens
+only, the router that sends them is fitted first. In the end batch norms take their
 statistics again. Only the values of weights change; nothing of it is in the plan.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +28,7 @@ from peft_vision.layers.absent import Absent
 from peft_vision.layers.batch_statistics import batch_norms, estimate_again
 from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.showing import show
+from peft_vision.layers.traits import Routing, masking
 from peft_vision.layers.votes import Half
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
@@ -160,7 +163,10 @@ def _walk(
             method.apply(view(model), one)
             again = _member(model, key)
             if again is not None:
-                _fit(walk, again, seen, how)
+                routing = _routing(again)
+                if routing is not None:
+                    routing.learn(seen.arrived, how.ridge)
+                _fit(walk, again, seen, how, routing)
         if index < last:
             walk.advance()
 
@@ -233,7 +239,15 @@ def _member(model: nn.Module, key: str) -> Member | None:
     return next((site for site in _members(view(model)) if site.key == key), None)
 
 
-def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
+def _routing(site: Member) -> Routing | None:
+    """What sends tokens to groups of a site's units, if they are grouped."""
+    if not isinstance(site, HiddenSite):
+        return None
+    around = getattr(site.owner, site.attribute).modules()
+    return next((module for module in around if isinstance(module, Routing)), None)
+
+
+def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation, routing: Routing | None) -> None:
     """Correct a plain linear so that it gives what it gave before, as far as it can."""
     layer = consumer_of(site)
     if type(layer) is not nn.Linear:
@@ -246,10 +260,15 @@ def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
         torch.zeros(shape, dtype=torch.float64),
     )
     left = iter(seen.wanted)
-    with noting([layer], lambda _, x, out: sums.add(x, next(left) - out)), torch.no_grad():
-        if isinstance(site, HiddenSite):  # its module alone, on what arrived there
+    alone: Any = routing or (site.mlp if isinstance(site, HiddenSite) else None)
+    with (
+        noting([layer], lambda _, x, out: sums.add(x, next(left) - out)),
+        nullcontext() if routing is None else masking(routing),
+        torch.no_grad(),
+    ):
+        if alone is not None:  # on what arrived there
             for arrived in seen.arrived:
-                site.mlp(arrived)
+                alone(arrived)
         else:
             walk.run()
     if sums.moments.count == 0 or (how.how == "mean" and bias is None):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_vision.layers.base_weights import is_plain
+from peft_vision.layers.base_weights import base_weight, is_plain
 from peft_vision.layers.chosen import add_to, flat_places, rows_of
 from peft_vision.layers.mlp import MlpParts, OwnMlp, keep_units
 from peft_vision.layers.mlp_path import bent, dropped, ended, halves, has_norm, slices
@@ -30,7 +30,10 @@ from peft_vision.layers.router import (
     straight_through,
     top_gates,
 )
-from peft_vision.layers.traits import Penalised
+from peft_vision.layers.traits import Penalised, Routing
+
+LEAST_ENERGY = 1e-12
+"""Below this an expert gives a token nothing, and its logarithm is not looked at."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class ExpertRouting:
         return list(self.expert) == sorted(self.expert)
 
 
-class RoutedMlp(OwnMlp, Penalised):
+class RoutedMlp(OwnMlp, Penalised, Routing):
     """Somebody's MLP, with its hidden units in experts.
 
     Attributes:
@@ -101,6 +104,38 @@ class RoutedMlp(OwnMlp, Penalised):
         if balance is None:
             return torch.zeros((), device=self.now.steps.device)
         return self.routing.balance * balance
+
+    @torch.no_grad()
+    def learn(self, arrived: Sequence[Tensor], ridge: float) -> None:
+        """Have the router predict what each expert would give: the logarithm of its energy.
+
+        What an expert gives everywhere is left out: it can join the bias. Soft gates are left as
+        they are, one everywhere.
+        """
+        if self.routing.soft:
+            return
+        seen, wanted, first = [], [], self.routing.protect
+        for x in arrived:
+            pair = x, self._energies(x)
+            if self.routing.choice == "sample":
+                read, energy = (part.mean(1) for part in pair)
+            else:
+                read, energy = (part[:, first:].flatten(0, 1) for part in pair)
+            seen.append(read.double())
+            wanted.append(energy.double().clamp_min(LEAST_ENERGY).log())
+        self.router.fit(torch.cat(seen), torch.cat(wanted), ridge)
+
+    def _energies(self, x: Tensor) -> Tensor:
+        """Squared distance of what an expert gives a token from what it gives on average, B N E."""
+        hidden = self._hidden(x)
+        if self.parts.norm is not None:
+            hidden = getattr(self.inner, self.parts.norm)(hidden)
+        weight, found = base_weight(getattr(self.inner, self.parts.down)), []
+        for expert in range(len(self.routing.sizes)):
+            units = [u for u, e in enumerate(self.routing.expert) if e == expert]
+            given = F.linear(hidden[..., units], weight[:, units].to(hidden.dtype))
+            found.append((given - given.mean((0, 1))).float().square().sum(-1))
+        return torch.stack(found, dim=-1)
 
     def keep_units(self, units: Sequence[int]) -> None:
         """Keep some hidden units, in place; an expert without units is gone."""

@@ -70,6 +70,23 @@ class Router(nn.Module):
         among = count * F.linear(x, self.shared.to(x.dtype)).softmax(-1)
         return shares[..., :1] * among, shares[..., 1:]
 
+    @torch.no_grad()
+    def fit(self, x: Tensor, wanted: Tensor, ridge: float) -> None:
+        """Have the logits predict `wanted`, in closed form and in place.
+
+        Args:
+            x: M D, in double precision. `wanted`: M E. `ridge`: added to the diagonal of the
+                covariance of x, relative to its mean.
+        """
+        mean, level = x.mean(0), wanted.mean(0)
+        centered = x - mean
+        spread = centered.t() @ centered / len(x)
+        spread.diagonal().add_(ridge * spread.diagonal().mean().clamp_min(1e-30))
+        both = centered.t() @ (wanted - level) / len(x)
+        weight = torch.linalg.solve(spread, both).t()
+        self.routed.copy_(weight)
+        self.bias.copy_(level - weight @ mean)
+
     def keep(self, routed: Sequence[int], shared: Sequence[int]) -> None:
         """Keep some members, in place."""
         select_parameter(self, "routed", routed)
@@ -146,10 +163,10 @@ def count_of(share: float, members: int) -> int:
 def preferences(logits: Tensor) -> Tensor:
     """What each member ranks tokens by, from logits B N E: B E N.
 
-    The share of a token that is the member's; with a single member the logit itself.
+    The logits themselves. A token's softmax would set members against each other, so that a token
+    which matters to all of them would be served by none.
     """
-    ranked = logits if logits.shape[-1] == 1 else logits.log_softmax(-1)
-    return ranked.transpose(1, 2)
+    return logits.transpose(1, 2)
 
 
 def open_gates(logits: Tensor) -> Tensor:

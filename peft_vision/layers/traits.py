@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -29,6 +31,30 @@ class Paced(ABC):
     @abstractmethod
     def advance(self) -> None:
         """Called once before each forward pass that is trained on; never in evaluation."""
+
+
+class Routing(ABC):
+    """A layer that sends tokens to parts of itself, by a router that can be fitted on images.
+
+    Attributes:
+        gathered: compute what is chosen alone; False computes everything and masks.
+    """
+
+    gathered: bool
+
+    @abstractmethod
+    def learn(self, arrived: Sequence[Tensor], ridge: float) -> None:
+        """Fit the router on what arrives at the layer, B N D each, in place."""
+
+
+@contextmanager
+def masking(routing: Routing) -> Iterator[None]:
+    """Everything computed and masked inside, so that every layer is called with whole tensors."""
+    before, routing.gathered = routing.gathered, False
+    try:
+        yield
+    finally:
+        routing.gathered = before
 
 
 class Foldable(ABC):

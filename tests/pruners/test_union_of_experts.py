@@ -12,12 +12,13 @@ from torch import nn
 
 import peft_vision as pv
 from peft_vision.backbones import view
+from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.cost import count_flops, input_size, measure, twin, unwrap
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.exporting import export
 from peft_vision.layers.clusters import balanced_clusters
 from peft_vision.layers.routed_mlp import RoutedMlp
-from peft_vision.layers.router import Router, load_balance, top_gates
+from peft_vision.layers.router import Router, load_balance, preferences, top_gates
 from peft_vision.layers.traits import penalties
 from peft_vision.method import Evidence, make
 from tests.families import (
@@ -160,6 +161,40 @@ def test_patches_may_come_in_any_order_and_first_tokens_are_whole() -> None:
     torch.testing.assert_close(module(x)[:, order], module(x[:, order]), rtol=0, atol=1e-12)
     torch.testing.assert_close(module(x)[:, 0], dense(x)[:, 0], rtol=0, atol=1e-12)
     assert (module(x) - dense(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("choice", ["capacity", "sample"])
+@pytest.mark.parametrize("family", ["timm_vit", "timm_vit_glu", "timm_vit_normed", "hf_clip"])
+def test_images_teach_the_router_and_what_reads_the_experts(family: str, choice: str) -> None:
+    model = build(family, dtype=torch.float64).eval()
+    method = make("union_of_experts", {"choice": choice, "start": 0.0, "experts": 4})
+    x, errors = images(model, 16), {}
+    for how in (Compensation("none"), Compensation("ridge")):
+        smaller = copy.deepcopy(model)
+        decided = method.decide(view(smaller), 0.5, Evidence())
+        apply_compensated(smaller, [method], [decided], [x], how)
+        errors[how.how] = float((run(smaller, x) - run(model, x)).square().mean())
+    assert 0 < errors["ridge"] < 0.7 * errors["none"]
+
+
+def test_a_fitted_expert_serves_the_patches_that_it_gives_most() -> None:
+    model = grouped(skip=0.5)
+    for module in modules_of(model):
+        width = module.router.routed.shape[1]
+        x = torch.randn(32, 17, width, generator=torch.Generator().manual_seed(0)).double()
+        module.learn([x], 1e-3)
+        energy = module._energies(x)[:, 1:]  # the class token is served by all
+        served = preferences(module.router(x)[:, 1:]).topk(8, dim=-1).indices
+        share = energy.transpose(1, 2).gather(2, served).sum((0, 2)) / energy.sum((0, 1))
+        best = energy.topk(8, dim=1).values.sum((0, 1)) / energy.sum((0, 1))
+        assert (share > 0.5 + 0.2 * (best - 0.5)).all()  # by chance: 8 of 16
+
+
+def test_soft_gates_are_not_fitted() -> None:
+    model = build("timm_vit")
+    module = modules_of(pv.wrap(model, "union_of_experts", gate="soft"))[0]
+    module.learn([torch.randn(2, 17, module.router.routed.shape[1])], 1e-3)
+    assert not module.router.routed.any()
 
 
 @pytest.mark.parametrize("choice", ["capacity", "sample"])
