@@ -186,7 +186,8 @@ def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:
         "note": f"Fashion-MNIST, 84 px, {TESTED} test images, {seeds} seeds (deviation in "
         "brackets; without, one seed): top-1 in %, training-free (with "
         f"{CALIBRATED} unlabeled images, `path_pruning` 128) / after {EPOCHS} epoch "
-        f"({TRAINED // 32} steps) on {TRAINED} images with distillation; out of reach: the method alone cannot go there on this model; a dash: not run",
+        f"({TRAINED // 32} steps) on {TRAINED} images with distillation; "
+        "out of reach: the method alone cannot go there on this model; a dash: not run",
         "machine": platform.machine(),
         "seed": list(range(seeds)),
         "versions": {name: version(name) for name in ("torch", "timm")},
