@@ -10,7 +10,6 @@ statistics again. Only the values of weights change; nothing of it is in the pla
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from peft_vision.layers.absent import Absent
 from peft_vision.layers.batch_statistics import batch_norms, estimate_again
 from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.showing import show
-from peft_vision.layers.traits import Routing, masking
+from peft_vision.layers.traits import Routing, masking, teaching
 from peft_vision.layers.votes import Half
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
@@ -159,14 +158,15 @@ def _walk(
                 method.apply(view(model), one)
                 _fit_branch(walk, half, branch, how)
                 continue
-            seen = _look(walk, site)
+            before, seen = _routing(site), _look(walk, site)
             method.apply(view(model), one)
             again = _member(model, key)
             if again is not None:
                 routing = _routing(again)
-                if routing is not None:
-                    routing.learn(seen.arrived, how.ridge)
-                _fit(walk, again, seen, how, routing)
+                if routing is not None and before is None:  # what was taught before stays
+                    with teaching(routing, how.ridge):
+                        _run(walk, again, seen)
+                _fit(walk, again, seen, how)
         if index < last:
             walk.advance()
 
@@ -226,9 +226,25 @@ def _look(walk: Walk, site: Member) -> _Seen:
         else:
             seen.arrived.append(arriving.detach())
 
-    branch = site.mlp if isinstance(site, HiddenSite) else consumer_of(site)
-    walk.watch([branch, consumer_of(site)], note)
+    with masking(_routing(site)):
+        walk.watch([_alone(site) or consumer_of(site), consumer_of(site)], note)
     return seen
+
+
+@torch.no_grad()
+def _run(walk: Walk, site: Member, seen: _Seen) -> None:
+    """The site's module on what arrived there, or all of its block."""
+    module = _alone(site)
+    if module is None:
+        walk.run()
+        return
+    for arrived in seen.arrived:
+        module(arrived)
+
+
+def _alone(site: Member) -> Any:
+    """What can be run without its block: an MLP, with what routes its units."""
+    return (_routing(site) or site.mlp) if isinstance(site, HiddenSite) else None
 
 
 def _members(backbone: Backbone) -> list[Member]:
@@ -240,14 +256,12 @@ def _member(model: nn.Module, key: str) -> Member | None:
 
 
 def _routing(site: Member) -> Routing | None:
-    """What sends tokens to groups of a site's units, if they are grouped."""
-    if not isinstance(site, HiddenSite):
-        return None
+    """What sends tokens to some of a site's heads or units, if anything does."""
     around = getattr(site.owner, site.attribute).modules()
     return next((module for module in around if isinstance(module, Routing)), None)
 
 
-def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation, routing: Routing | None) -> None:
+def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
     """Correct a plain linear so that it gives what it gave before, as far as it can."""
     layer = consumer_of(site)
     if type(layer) is not nn.Linear:
@@ -260,17 +274,13 @@ def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation, routing: Rout
         torch.zeros(shape, dtype=torch.float64),
     )
     left = iter(seen.wanted)
-    alone: Any = routing or (site.mlp if isinstance(site, HiddenSite) else None)
-    with (
-        noting([layer], lambda _, x, out: sums.add(x, next(left) - out)),
-        nullcontext() if routing is None else masking(routing),
-        torch.no_grad(),
-    ):
-        if alone is not None:  # on what arrived there
-            for arrived in seen.arrived:
-                alone(arrived)
-        else:
-            walk.run()
+
+    def note(_: int, x: Tensor, out: Tensor) -> None:
+        wanted = next(left)  # of the first tokens alone, where the others are not read
+        sums.add(x[:, : wanted.shape[1]], wanted - out[:, : wanted.shape[1]])
+
+    with noting([layer], note), masking(_routing(site)):
+        _run(walk, site, seen)
     if sums.moments.count == 0 or (how.how == "mean" and bias is None):
         return
     ridge = how.ridge if how.how == "ridge" else None

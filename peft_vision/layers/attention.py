@@ -179,14 +179,19 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **masks)
 
 
-def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor) -> Tensor:
-    """From the heads' outputs (B H N D) to the branch's output (B N C)."""
+def before_output(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor) -> Tensor:
+    """From the heads' outputs (B H N D) to what the output linear reads (B N F)."""
     y: Tensor = heads.transpose(1, 2).flatten(2)
     if parts.norm is not None:
         y = getattr(attention, parts.norm)(y)
     if parts.gate is not None and getattr(attention, parts.gate) is not None:
         y = y * getattr(attention, parts.gate)(x).sigmoid()
-    y = getattr(attention, parts.out)(y)
+    return y
+
+
+def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor) -> Tensor:
+    """From the heads' outputs (B H N D) to the branch's output (B N C)."""
+    y: Tensor = getattr(attention, parts.out)(before_output(attention, parts, heads, x))
     return getattr(attention, parts.out_dropout)(y) if parts.out_dropout is not None else y
 
 

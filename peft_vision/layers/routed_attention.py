@@ -19,13 +19,14 @@ from peft_vision.layers.attention import (
     Attended,
     AttentionParts,
     attend,
+    before_output,
     branch_of,
     finish,
     head_count,
     keep_heads,
     project,
 )
-from peft_vision.layers.base_weights import is_plain
+from peft_vision.layers.base_weights import base_weight, is_plain
 from peft_vision.layers.chosen import (
     add_rows,
     head_queries,
@@ -44,16 +45,18 @@ from peft_vision.layers.router import (
     Router,
     count_of,
     load_balance,
+    logarithm,
     open_gates,
     preferences,
     recomputing,
     straight_through,
+    surplus,
     top_gates,
 )
-from peft_vision.layers.traits import Penalised
+from peft_vision.layers.traits import Lesson, Penalised, Routing
 
 
-class RoutedAttention(HousedAttention, Penalised):
+class RoutedAttention(HousedAttention, Penalised, Routing):
     """Somebody's attention module, with some of its heads routed.
 
     Attributes:
@@ -90,6 +93,14 @@ class RoutedAttention(HousedAttention, Penalised):
         if balance is None:
             return torch.zeros((), device=self.now.steps.device)
         return self.routing.balance * balance
+
+    def learn(self, ridge: float) -> None:
+        """Have the router predict the logarithm of what each routed head would give.
+
+        Soft gates are left as they are, one everywhere; norms of queries have nothing to fit.
+        """
+        if self.lessons and isinstance(self.router, Router) and not self.routing.soft:
+            self.router.fit(self.lessons, ridge)
 
     def keep_heads(self, heads: Sequence[int]) -> None:
         """Keep whole heads, in place; each stays routed or shared as it was."""
@@ -134,7 +145,9 @@ class RoutedAttention(HousedAttention, Penalised):
         by_head = self.routing.choice == "head"
         count = count_of(share, patches if by_head else len(self.routing.routed))
         full = count == (patches if by_head else len(self.routing.routed))
-        if full and not learning and not self.routing.soft:
+        if self.lessons is not None:
+            done = self._teach(x, rope, mask, first)
+        elif full and not learning and not self.routing.soft:
             done = branch_of(self.attention, self.parts, x, rope, attn_mask=mask)
         elif by_head and self.gathered and not full:
             done = self._gather(x, rope, mask, first, count, whole=whole)
@@ -193,6 +206,18 @@ class RoutedAttention(HousedAttention, Penalised):
         heads = attend(self.attention, self.parts, q, k, v, attn_mask=mask)
         heads = heads * whole.unsqueeze(-1).to(heads.dtype)
         return Attended(finish(self.attention, self.parts, heads, x), q, k, v)
+
+    def _teach(self, x: Tensor, rope: Any, mask: Tensor | None, first: int) -> Attended:
+        """All heads for all tokens, and what each routed head gives noted."""
+        module, parts = self.attention, self.parts
+        q, k, v = project(module, parts, x, rope)
+        heads = attend(module, parts, q, k, v, attn_mask=mask)
+        read, width = before_output(module, parts, heads, x)[:, first:], heads.shape[-1]
+        columns = (range(h * width, (h + 1) * width) for h in self.routing.routed)
+        energy = surplus(read, base_weight(getattr(module, parts.out)), columns).flatten(0, 1)
+        lesson = Lesson(x[:, first:].flatten(0, 1), logarithm(energy))
+        self.lessons = [*(self.lessons or ()), lesson]
+        return Attended(finish(module, parts, heads, x), q, k, v)
 
     def _gather(
         self,

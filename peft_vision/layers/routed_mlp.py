@@ -24,16 +24,15 @@ from peft_vision.layers.router import (
     Router,
     count_of,
     load_balance,
+    logarithm,
     open_gates,
     preferences,
     recomputing,
     straight_through,
+    surplus,
     top_gates,
 )
-from peft_vision.layers.traits import Penalised, Routing
-
-LEAST_ENERGY = 1e-12
-"""Below this an expert gives a token nothing, and its logarithm is not looked at."""
+from peft_vision.layers.traits import Lesson, Penalised, Routing
 
 
 @dataclass(frozen=True)
@@ -105,37 +104,28 @@ class RoutedMlp(OwnMlp, Penalised, Routing):
             return torch.zeros((), device=self.now.steps.device)
         return self.routing.balance * balance
 
-    @torch.no_grad()
-    def learn(self, arrived: Sequence[Tensor], ridge: float) -> None:
-        """Have the router predict what each expert would give: the logarithm of its energy.
+    def learn(self, ridge: float) -> None:
+        """Have the router predict the logarithm of what each expert would give.
 
-        What an expert gives everywhere is left out: it can join the bias. Soft gates are left as
-        they are, one everywhere.
+        Soft gates are left as they are, one everywhere.
         """
-        if self.routing.soft:
-            return
-        seen, wanted, first = [], [], self.routing.protect
-        for x in arrived:
-            pair = x, self._energies(x)
-            if self.routing.choice == "sample":
-                read, energy = (part.mean(1) for part in pair)
-            else:
-                read, energy = (part[:, first:].flatten(0, 1) for part in pair)
-            seen.append(read.double())
-            wanted.append(energy.double().clamp_min(LEAST_ENERGY).log())
-        self.router.fit(torch.cat(seen), torch.cat(wanted), ridge)
+        if self.lessons and not self.routing.soft:
+            self.router.fit(self.lessons, ridge)
 
-    def _energies(self, x: Tensor) -> Tensor:
-        """Squared distance of what an expert gives a token from what it gives on average, B N E."""
+    def _lesson(self, x: Tensor) -> Lesson:
+        """What each expert would give."""
         hidden = self._hidden(x)
         if self.parts.norm is not None:
             hidden = getattr(self.inner, self.parts.norm)(hidden)
-        weight, found = base_weight(getattr(self.inner, self.parts.down)), []
-        for expert in range(len(self.routing.sizes)):
-            units = [u for u, e in enumerate(self.routing.expert) if e == expert]
-            given = F.linear(hidden[..., units], weight[:, units].to(hidden.dtype))
-            found.append((given - given.mean((0, 1))).float().square().sum(-1))
-        return torch.stack(found, dim=-1)
+        experts = range(len(self.routing.sizes))
+        units = ([u for u, e in enumerate(self.routing.expert) if e == one] for one in experts)
+        energy = surplus(hidden, base_weight(getattr(self.inner, self.parts.down)), units)
+        if self.routing.choice == "sample":
+            read, energy = x.mean(1), energy.mean(1)
+        else:
+            first = self.routing.protect
+            read, energy = x[:, first:].flatten(0, 1), energy[:, first:].flatten(0, 1)
+        return Lesson(read, logarithm(energy))
 
     def keep_units(self, units: Sequence[int]) -> None:
         """Keep some hidden units, in place; an expert without units is gone."""
@@ -153,6 +143,9 @@ class RoutedMlp(OwnMlp, Penalised, Routing):
         members = experts if r.choice == "sample" else patches
         learning = self.training and torch.is_grad_enabled()
         count = count_of(share, members) if members > 0 else 0
+        if self.lessons is not None:
+            self.lessons.append(self._lesson(x))
+            count = members
         if experts == 1 or members < 1 or (count == members and not learning and not r.soft):
             whole: Tensor = self.inner(x, *args, **kwargs)
             return whole

@@ -6,16 +6,19 @@ Tensors: ``x`` is B N D, scores and gates are B N E for E heads or experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_vision.layers.surgery import select_parameter
+from peft_vision.layers.traits import Lesson
 
 SPREAD = 0.02
 """Standard deviation of a router's first weights; equal ones would leave every choice tied."""
+LEAST_ENERGY = 1e-12
+"""Below this a member gives a token nothing."""
 
 
 class Router(nn.Module):
@@ -71,13 +74,15 @@ class Router(nn.Module):
         return shares[..., :1] * among, shares[..., 1:]
 
     @torch.no_grad()
-    def fit(self, x: Tensor, wanted: Tensor, ridge: float) -> None:
-        """Have the logits predict `wanted`, in closed form and in place.
+    def fit(self, lessons: Sequence[Lesson], ridge: float) -> None:
+        """Have the logits predict what is wanted, in closed form and in place.
 
         Args:
-            x: M D, in double precision. `wanted`: M E. `ridge`: added to the diagonal of the
-                covariance of x, relative to its mean.
+            lessons: at least one.
+            ridge: added to the diagonal of the covariance of what is read, relative to its mean.
         """
+        x = torch.cat([lesson.read for lesson in lessons]).double()
+        wanted = torch.cat([lesson.wanted for lesson in lessons]).double()
         mean, level = x.mean(0), wanted.mean(0)
         centered = x - mean
         spread = centered.t() @ centered / len(x)
@@ -153,6 +158,27 @@ def recomputing() -> bool:
 def wide(x: Tensor) -> Tensor:
     """In float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def surplus(read: Tensor, weight: Tensor, members: Iterable[Sequence[int]]) -> Tensor:
+    """Energy of what each member gives a token beyond what it gives on average, B N E.
+
+    What a member gives everywhere is left out: it can join the bias.
+
+    Args:
+        read: B N F, what a linear reads. `weight`: D F, the linear's. `members`: columns of each.
+    """
+    found = []
+    for columns in members:
+        given = F.linear(read[..., columns], weight[:, columns].to(read.dtype))
+        found.append((given - given.mean((0, 1))).float().square().sum(-1))
+    return torch.stack(found, dim=-1)
+
+
+def logarithm(energy: Tensor) -> Tensor:
+    """Of energies; below what counts as nothing it is not looked at."""
+    return energy.clamp_min(LEAST_ENERGY).log()
 
 
 def count_of(share: float, members: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,28 +34,51 @@ class Paced(ABC):
         """Called once before each forward pass that is trained on; never in evaluation."""
 
 
+class Lesson(NamedTuple):
+    """What a router reads of some tokens (M D), and what it should say of them (M E)."""
+
+    read: Tensor
+    wanted: Tensor
+
+
 class Routing(ABC):
     """A layer that sends tokens to parts of itself, by a router that can be fitted on images.
 
     Attributes:
         gathered: compute what is chosen alone; False computes everything and masks.
+        lessons: where there is a list, everything counts, and each forward appends to it.
     """
 
     gathered: bool
+    lessons: list[Lesson] | None = None
 
     @abstractmethod
-    def learn(self, arrived: Sequence[Tensor], ridge: float) -> None:
-        """Fit the router on what arrives at the layer, B N D each, in place."""
+    def learn(self, ridge: float) -> None:
+        """Fit the router on the lessons, in place; without any, all stays as it is."""
 
 
 @contextmanager
-def masking(routing: Routing) -> Iterator[None]:
+def masking(routing: Routing | None) -> Iterator[None]:
     """Everything computed and masked inside, so that every layer is called with whole tensors."""
+    if routing is None:
+        yield
+        return
     before, routing.gathered = routing.gathered, False
     try:
         yield
     finally:
         routing.gathered = before
+
+
+@contextmanager
+def teaching(routing: Routing, ridge: float) -> Iterator[None]:
+    """What passes inside is what the router is fitted on, in the end."""
+    routing.lessons = []
+    try:
+        yield
+        routing.learn(ridge)
+    finally:
+        routing.lessons = None
 
 
 class Foldable(ABC):

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 
 import peft_vision as pv
 from peft_vision.backbones import view
+from peft_vision.compensation import Compensation, apply_compensated
 from peft_vision.cost import count_flops, input_size, measure, twin, unwrap
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.exporting import export
 from peft_vision.layers.routed_attention import RoutedAttention
-from peft_vision.layers.router import Anneal, Router, load_balance, straight_through, top_gates
-from peft_vision.layers.traits import penalties
+from peft_vision.layers.router import (
+    Anneal,
+    Router,
+    load_balance,
+    preferences,
+    straight_through,
+    top_gates,
+)
+from peft_vision.layers.traits import penalties, teaching
 from peft_vision.method import Evidence, make
 from tests.families import (
     NO_TOKENS,
@@ -362,6 +370,58 @@ def test_heads_that_no_token_uses_are_removed(tmp_path: Path) -> None:
     smaller.save_pretrained(tmp_path / "m")
     again = pv.load(tmp_path / "m", base=build("timm_vit", dtype=torch.float64))
     assert torch.equal(run(again, x), run(smaller, x))
+
+
+@pytest.mark.parametrize("choice", ["head", "token"])
+@pytest.mark.parametrize(
+    "family", ["timm_vit", "timm_siglip", "timm_eva02_small", "hf_dinov3", "hf_clip"]
+)
+def test_images_teach_the_router_and_what_reads_the_heads(family: str, choice: str) -> None:
+    model = build(family, dtype=torch.float64).eval()
+    method = make("mixture_of_heads", {"choice": choice, "start": 0.0})
+    x, errors = images(model, 16), {}
+    for how in (Compensation("none"), Compensation("ridge")):
+        smaller = copy.deepcopy(model)
+        decided = method.decide(view(smaller), 0.7, Evidence())
+        apply_compensated(smaller, [method], [decided], [x], how)
+        errors[how.how] = float((run(smaller, x) - run(model, x)).square().mean())
+    assert 0 < errors["ridge"] < 0.7 * errors["none"]
+
+
+def test_a_fitted_head_serves_the_patches_that_it_gives_most() -> None:
+    for module in modules_of(routed(skip=0.5)):
+        width = module.router.routed.shape[1]
+        with torch.no_grad():  # heads that attend sharply differ from patch to patch
+            module.attention.qkv.weight[: 2 * width] *= 16
+        x = torch.randn(32, 17, width, generator=torch.Generator().manual_seed(0)).double()
+        dense = module.attention(x)
+        with teaching(module, 1e-3):
+            torch.testing.assert_close(module(x), dense, rtol=0, atol=1e-12)
+            energy = module.lessons[0].wanted.exp().unflatten(0, (32, 16))
+        served = preferences(module.router(x)[:, 1:]).topk(8, dim=-1).indices
+        share = energy.transpose(1, 2).gather(2, served).sum((0, 2)) / energy.sum((0, 1))
+        best = energy.topk(8, dim=1).values.sum((0, 1)) / energy.sum((0, 1))
+        assert (share > 0.5 + 0.1 * (best - 0.5)).all()  # by chance: 8 of 16
+
+
+def test_soft_gates_and_norms_are_not_fitted() -> None:
+    x = torch.randn(2, 17, 32)
+    soft = modules_of(pv.wrap(build("timm_vit"), "mixture_of_heads", start=0.0, gate="soft"))[0]
+    norms = modules_of(pv.wrap(build("timm_vit"), "mixture_of_heads", start=0.0, router="norm"))[0]
+    for module in (soft, norms):
+        with teaching(module, 1e-3):
+            module(x)
+    assert not soft.router.routed.any()
+    assert not list(norms.router.parameters())
+
+
+def test_a_router_that_was_trained_is_not_fitted_again() -> None:
+    model = routed("timm_vit", skip=0.5)
+    x, before = images(model), [m.router.bias.clone() for m in modules_of(model)]
+    model = pv.wrap(model, "magnitude", data=[(x, None)], ratio=0.5, heads=False)
+    assert all(
+        torch.equal(m.router.bias, bias) for m, bias in zip(modules_of(model), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("format", ["onnx", "torch.export"])

@@ -19,7 +19,7 @@ from peft_vision.exporting import export
 from peft_vision.layers.clusters import balanced_clusters
 from peft_vision.layers.routed_mlp import RoutedMlp
 from peft_vision.layers.router import Router, load_balance, preferences, top_gates
-from peft_vision.layers.traits import penalties
+from peft_vision.layers.traits import penalties, teaching
 from peft_vision.method import Evidence, make
 from tests.families import (
     NO_TOKENS,
@@ -182,8 +182,9 @@ def test_a_fitted_expert_serves_the_patches_that_it_gives_most() -> None:
     for module in modules_of(model):
         width = module.router.routed.shape[1]
         x = torch.randn(32, 17, width, generator=torch.Generator().manual_seed(0)).double()
-        module.learn([x], 1e-3)
-        energy = module._energies(x)[:, 1:]  # the class token is served by all
+        with teaching(module, 1e-3):
+            module(x)
+            energy = module.lessons[0].wanted.exp().unflatten(0, (32, 16))
         served = preferences(module.router(x)[:, 1:]).topk(8, dim=-1).indices
         share = energy.transpose(1, 2).gather(2, served).sum((0, 2)) / energy.sum((0, 1))
         best = energy.topk(8, dim=1).values.sum((0, 1)) / energy.sum((0, 1))
@@ -193,7 +194,8 @@ def test_a_fitted_expert_serves_the_patches_that_it_gives_most() -> None:
 def test_soft_gates_are_not_fitted() -> None:
     model = build("timm_vit")
     module = modules_of(pv.wrap(model, "union_of_experts", gate="soft"))[0]
-    module.learn([torch.randn(2, 17, module.router.routed.shape[1])], 1e-3)
+    with teaching(module, 1e-3):
+        module(torch.randn(2, 17, module.router.routed.shape[1]))
     assert not module.router.routed.any()
 
 
@@ -233,6 +235,20 @@ def test_other_pruners_may_cut_units_before_and_after(choice: str, tmp_path: Pat
     model.save_pretrained(tmp_path / "m")
     again = pv.load(tmp_path / "m", base=dense)
     assert torch.equal(run(again, x), run(gathering(model, True), x))
+
+
+@pytest.mark.parametrize("choice", ["capacity", "sample"])
+def test_units_cut_later_leave_a_trained_router_and_are_made_up_for(choice: str) -> None:
+    model = grouped(choice=choice, skip=0.5)
+    x, whole = images(model, 16), copy.deepcopy(model)
+    lost = copy.deepcopy(model)
+    model = pv.wrap(model, "magnitude", data=[(x, None)], ratio=0.5, heads=False)
+    lost = pv.wrap(lost, "magnitude", ratio=0.5, heads=False)
+    for module, trained in zip(modules_of(model), modules_of(whole), strict=True):
+        rows = {tuple(row.tolist()) for row in trained.router.routed}
+        assert {tuple(row.tolist()) for row in module.router.routed} <= rows
+    errors = [float((run(m, x) - run(whole, x)).square().mean()) for m in (model, lost)]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_an_expert_without_units_is_gone() -> None:
