@@ -44,6 +44,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "`vib`, 120 steps": ("vib", {"steps": 120, "batch": 16}),
     "`union_of_experts`": ("union_of_experts", {}),
     "`mixture_of_heads`": ("mixture_of_heads", {}),
+    "`mixture_of_heads,union_of_experts`": (["mixture_of_heads", "union_of_experts"], {}),
     "`sparse_attention`": ("sparse_attention", {}),
 }
 
@@ -145,10 +146,11 @@ def main() -> None:
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=list(RUNS))
+    parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
     parser.add_argument("--output", type=Path, default=TARGET)
     asked = parser.parse_args()
     wanted: list[tuple[str, float | None]] = [("dense", None)]
-    wanted += [(name, ratio) for ratio in reversed(RATIOS) for name in asked.only]
+    wanted += [(name, ratio) for ratio in reversed(asked.ratios) for name in asked.only]
     cells = done(asked.output)
     known = {key(c) for c in cells if {"recovered", "refused"} & c.keys() or c["ratio"] is None}
     with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
