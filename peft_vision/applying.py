@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from peft_vision.backbones import view
+from peft_vision.backbones.queries import queries_in
 from peft_vision.method import Method
 from peft_vision.plan import Decisions
 
@@ -42,4 +43,5 @@ def in_order(
 
 def _sites(model: nn.Module) -> set[str]:
     backbone = view(model)
-    return {site.key for site in backbone.heads} | {site.key for site in backbone.hidden}
+    members = {site.key for site in backbone.heads} | {site.key for site in backbone.hidden}
+    return members | {site.key for site in queries_in(backbone)}

@@ -6,6 +6,7 @@ batch are taken in the images' own precision, float32 at least.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from peft_vision.layers.trunk import Stream, Trunk, blocks_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from peft_vision.backbones.queries import QueriesSite
+    from peft_vision.plan import Decisions
 
 Note = Callable[[int, Tensor, Tensor], None]
 """(number of the layer, its input, its output)"""
@@ -163,12 +167,23 @@ class Walk:
         self.index += 1
 
 
-def consumer_of(site: HeadsSite | HiddenSite) -> nn.Module:
-    """The linear that reads the members of a site."""
+class FittedByBlock(ABC):
+    """A method whose values come nearer to what blocks gave when it sees the images in them."""
+
+    @abstractmethod
+    def apply_at(self, backbone: Backbone, decisions: Decisions, walk: Walk) -> None:
+        """Carry out decisions on the block that comes next, in place.
+
+        As `apply` does, with values that fit the images there.
+        """
+
+
+def consumer_of(site: HeadsSite | HiddenSite | QueriesSite) -> nn.Module:
+    """The linear that reads the members of a site, or what comes of them."""
     owner, name = (
-        (site.attention, site.parts.out)
-        if isinstance(site, HeadsSite)
-        else (site.mlp, site.parts.down)
+        (site.mlp, site.parts.down)
+        if isinstance(site, HiddenSite)
+        else (site.attention, site.parts.out)
     )
     found: nn.Module = getattr(owner, name)
     return found

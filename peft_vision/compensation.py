@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from peft_vision.applying import in_order
 from peft_vision.backbones import view
+from peft_vision.backbones.queries import QueriesSite, queries_in
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
-from peft_vision.calibration import Moments, Walk, consumer_of, noting, rows_of
+from peft_vision.calibration import FittedByBlock, Moments, Walk, consumer_of, noting, rows_of
 from peft_vision.decomposers._outputs import ByOutputs
 from peft_vision.errors import BadSetting
 from peft_vision.layers.absent import Absent
@@ -84,7 +85,7 @@ class _Fit:
         return weight, lack - weight @ mean
 
 
-Member = HeadsSite | HiddenSite
+Member = HeadsSite | HiddenSite | QueriesSite
 
 
 def apply_compensated(
@@ -135,7 +136,7 @@ def _by_block(backbone: Backbone, decided: Decisions) -> dict[int, list[str]]:
         if key in cut or (key in whole and fitted):
             found.setdefault(cut[key] if key in cut else whole[key], []).append(key)
     for keys in found.values():
-        keys.sort(key=lambda key: key.rpartition(".")[2] not in ("heads", "attention"))
+        keys.sort(key=lambda key: key.rpartition(".")[2] == "hidden" or key.endswith(".mlp"))
     return found
 
 
@@ -159,7 +160,10 @@ def _walk(
                 _fit_branch(walk, half, branch, how)
                 continue
             before, seen = _routing(site), _look(walk, site)
-            method.apply(view(model), one)
+            if isinstance(method, FittedByBlock) and how.how == "ridge":
+                method.apply_at(view(model), one, walk)
+            else:
+                method.apply(view(model), one)
             again = _member(model, key)
             if again is not None:
                 routing = _routing(again)
@@ -248,7 +252,7 @@ def _alone(site: Member) -> Any:
 
 
 def _members(backbone: Backbone) -> list[Member]:
-    return [*backbone.heads, *backbone.hidden]
+    return [*backbone.heads, *backbone.hidden, *queries_in(backbone)]
 
 
 def _member(model: nn.Module, key: str) -> Member | None:

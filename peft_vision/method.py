@@ -41,12 +41,13 @@ class Stage(IntEnum):
 
     EXACT = 0
     DEPTH = 1
-    WIDTH = 2
-    FACTOR = 3
-    TOKENS = 4
-    ADAPT = 5
-    ROUTE = 6
-    QUANTIZE = 7
+    QUERIES = 2  # decided for every head: before heads go
+    WIDTH = 3
+    FACTOR = 4
+    TOKENS = 5
+    ADAPT = 6
+    ROUTE = 7
+    QUANTIZE = 8
 
 
 @dataclass

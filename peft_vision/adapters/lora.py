@@ -19,6 +19,7 @@ from peft_vision.adapters._lean import lean
 from peft_vision.adapters._targets import check_targets, chosen_layers, exactly, split_paths
 from peft_vision.backbones.sites import Backbone, LayerSite
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.named_parts import outputs_of
 from peft_vision.layers.recomputed import unwatch, watch
 from peft_vision.layers.split_linear import NAMES, SplitLinear, fuse, split_outputs
 from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
@@ -91,7 +92,9 @@ class Lora(Adapter):
         backbone.call_every_linear()
         for site in backbone.linears:
             if site.role == "qkv" and any(key in decisions for key in _thirds(site)):
-                setattr(site.owner, site.attribute, SplitLinear(split_outputs(site.layer, 3)))
+                setattr(
+                    site.owner, site.attribute, SplitLinear(split_outputs(site.layer, _sizes(site)))
+                )
         watch(backbone.model)
 
     def start(self, backbone: Backbone, decisions: Decisions) -> None:
@@ -154,6 +157,11 @@ class Lora(Adapter):
             return [site.key]
         wanted = set(self.targets) & set(NAMES) or set(NAMES)
         return [key for key, name in zip(_thirds(site), NAMES, strict=True) if name in wanted]
+
+
+def _sizes(site: LayerSite) -> tuple[int, ...]:
+    """How many outputs are queries, keys and values."""
+    return site.sizes or (outputs_of(site.layer) // 3,) * 3
 
 
 def _thirds(site: LayerSite) -> list[str]:

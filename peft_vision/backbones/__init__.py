@@ -15,7 +15,16 @@ from peft_vision.backbones.sites import Backbone
 from peft_vision.lookup import stems
 
 FALLBACK = "generic"
-INFRASTRUCTURE = ("sites", "assembly", "channels", "joint", "positions", "width", FALLBACK)
+INFRASTRUCTURE = (
+    "sites",
+    "assembly",
+    "channels",
+    "joint",
+    "positions",
+    "queries",
+    "width",
+    FALLBACK,
+)
 
 
 def families() -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from peft_vision.backbones.sites import LayerSite, Role
-from peft_vision.layers.attention import AttentionParts, attention_inside, pieces_of
+from peft_vision.layers.attention import attention_inside
+from peft_vision.layers.attention_parts import AttentionParts, pieces_of
 from peft_vision.layers.bottleneck import inside, place_inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.named_parts import holder_of

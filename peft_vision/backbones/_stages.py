@@ -24,7 +24,8 @@ from peft_vision.backbones._stage_layers import (
 from peft_vision.backbones.positions import RELATIVE, relative
 from peft_vision.backbones.sites import Backbone, BlockSite, HeadsSite, HiddenSite
 from peft_vision.backbones.timm_vit import mlp_parts, register_rules
-from peft_vision.layers.attention import AttentionParts, attention_inside
+from peft_vision.layers.attention import attention_inside
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.named_parts import part_of

@@ -17,7 +17,7 @@ from peft_vision.backbones.sites import (
     Role,
 )
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts, thirds_of
 from peft_vision.layers.block import BlockParts, attention_of, mlp_of
 from peft_vision.layers.bottleneck import inside, place_inside
 from peft_vision.layers.factorized import earlier_factors, last_factor
@@ -76,7 +76,8 @@ def _linears(block: nn.Module, parts: BlockParts, index: int) -> Iterator[LayerS
     for owner, name, role in named:
         label = "head_gate" if role == "other" else role
         place = last_factor(*place_inside(owner, name))
-        yield LayerSite(f"blocks.{index}.{label}", *place, role, index)
+        sizes = thirds_of(owner, parts.attention_parts) if role == "qkv" else ()
+        yield LayerSite(f"blocks.{index}.{label}", *place, role, index, tuple(sizes))
     for part in (attention_of(block, parts), mlp_of(block, parts)):
         yield from _factors(part, index)
 

@@ -16,7 +16,7 @@ from peft_vision.backbones.assembly import (
     size_in_config,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.mlp import MlpParts
 

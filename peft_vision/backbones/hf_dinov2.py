@@ -26,7 +26,7 @@ from peft_vision.backbones.positions import (
     set_config_size,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.positions import Grid

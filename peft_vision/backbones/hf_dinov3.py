@@ -26,7 +26,7 @@ from peft_vision.backbones.positions import (
     set_config_size,
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, TokensSite
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts, halves
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.positions import Grid, without_rows
@@ -50,6 +50,11 @@ def rotate(attention: nn.Module, heads: Tensor, rope: Any) -> Tensor:
     return torch.cat([heads[:, :, :prefix], turned], dim=2)
 
 
+def mates(attention: nn.Module, width: int) -> list[int]:
+    """The features of one half turn with those of the other."""
+    return halves(width)
+
+
 PARTS = BlockParts(
     norm1="norm1",
     attention="attention",
@@ -63,6 +68,7 @@ PARTS = BlockParts(
         heads=("num_heads",),
         dropout="dropout",
         rotate=rotate,
+        mates=mates,
     ),
     mlp_parts=PLAIN,
     mask="attention_mask",

@@ -6,7 +6,7 @@ from torch import nn
 
 from peft_vision.backbones import _stages
 from peft_vision.backbones.sites import Backbone
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.mlp import MlpParts
 
 MODULES = ("transformers.models.mobilevit.modeling_mobilevit",)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from peft_vision.backbones import _stages
 from peft_vision.backbones._attending import joined, split
 from peft_vision.backbones.sites import Backbone
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.mlp import MlpParts
 
 MODULES = (

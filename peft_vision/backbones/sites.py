@@ -17,17 +17,13 @@ from torch import Tensor, nn
 from peft_vision.backbones.positions import PositionsSite
 from peft_vision.backbones.width import WidthSite
 from peft_vision.errors import UnsupportedSite
-from peft_vision.layers import attention as attention_layer
 from peft_vision.layers import mlp as mlp_layer
-from peft_vision.layers.attention import (
-    AttentionParts,
-    OpenAttention,
-    OwnAttention,
-    attention_inside,
-)
+from peft_vision.layers.attention import OpenAttention, OwnAttention, attention_inside
+from peft_vision.layers.attention_parts import AttentionParts, head_count
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import around, inside
 from peft_vision.layers.computed_attention import ComputedAttention
+from peft_vision.layers.head_surgery import keep_heads, weights_by_head
 from peft_vision.layers.mlp import MlpParts
 from peft_vision.layers.named_parts import part_of
 from peft_vision.layers.recomputed_blocks import recompute
@@ -46,6 +42,8 @@ class LayerSite:
         key: stable label, e.g. ``blocks.3.q``.
         role: what the layer does in its block.
         block: depth of the block it belongs to, or None.
+        sizes: how many outputs are queries, keys and values, of a linear that gives all three;
+            empty where they are as many.
     """
 
     key: str
@@ -53,6 +51,7 @@ class LayerSite:
     attribute: str
     role: Role
     block: int | None = None
+    sizes: tuple[int, ...] = ()
 
     @property
     def layer(self) -> nn.Module:
@@ -84,11 +83,11 @@ class HeadsSite:
     @property
     def count(self) -> int:
         """How many heads there are now."""
-        return attention_layer.head_count(self.attention, self.parts)
+        return head_count(self.attention, self.parts)
 
     def weights(self) -> list[Tensor]:
         """Every weight that belongs to a head, one row per head: tensors of H x anything."""
-        return attention_layer.weights_by_head(self.attention, self.parts)
+        return weights_by_head(self.attention, self.parts)
 
     def keep(self, heads: Sequence[int]) -> None:
         """Keep these heads, in place.
@@ -102,7 +101,7 @@ class HeadsSite:
         if isinstance(module, OwnAttention):
             module.keep_heads(heads)
             return
-        attention_layer.keep_heads(module, self.parts, heads)
+        keep_heads(module, self.parts, heads)
         if self.opens:
             computed = OpenAttention if self.parts.forward is None else ComputedAttention
             setattr(self.owner, self.attribute, computed(module, self.parts))

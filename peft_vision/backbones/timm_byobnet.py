@@ -7,7 +7,7 @@ from torch import nn
 from peft_vision.backbones import _stages
 from peft_vision.backbones.sites import Backbone
 from peft_vision.backbones.timm_vit import ATTENTION
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 
 MODULES = ("timm.models.byobnet",)
 

@@ -35,7 +35,7 @@ from peft_vision.backbones.timm_vit import (
     register_rules,
 )
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts, halves
 from peft_vision.layers.block import BlockParts, attention_half, attention_of, mlp_half
 from peft_vision.layers.trunk import blocks_in, trunk_in
 
@@ -53,6 +53,12 @@ def rotate(attention: nn.Module, heads: Tensor, rope: Any) -> Tensor:
     prefix = heads.shape[2] - rope.shape[-2]
     turned = apply_rot_embed_cat(heads[:, :, prefix:], rope, half=module.rotate_half)
     return torch.cat([heads[:, :, :prefix], turned], dim=2)
+
+
+def mates(attention: nn.Module, width: int) -> list[int]:
+    """Neighbors turn with each other, or the features of one half with those of the other."""
+    module: Any = attention
+    return halves(width) if module.rotate_half else [i ^ 1 for i in range(width)]
 
 
 def why_not(model: Any) -> str:
@@ -112,6 +118,7 @@ def _attention_parts(attention: Any) -> AttentionParts:
         dropout="attn_drop",
         out_dropout="proj_drop",
         rotate=rotate,
+        mates=mates,
         unrotated="num_prefix_tokens",
     )
 

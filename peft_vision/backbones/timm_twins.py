@@ -11,7 +11,7 @@ from peft_vision.backbones import _stages
 from peft_vision.backbones._attending import attend, project, split
 from peft_vision.backbones.sites import Backbone
 from peft_vision.backbones.timm_pvt import REDUCED
-from peft_vision.layers.attention import AttentionParts
+from peft_vision.layers.attention_parts import AttentionParts
 
 MODULES = ("timm.models.twins",)
 

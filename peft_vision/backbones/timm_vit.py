@@ -21,7 +21,8 @@ from peft_vision.backbones.assembly import (
 )
 from peft_vision.backbones.sites import Backbone, LayerSite, Pooling, ReadoutSite, TokensSite
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import AttentionParts, attention_inside
+from peft_vision.layers.attention import attention_inside
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.masked_norm import by_root_mean_square, masked_norm

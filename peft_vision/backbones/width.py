@@ -12,7 +12,8 @@ from torch import nn
 
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import AttentionParts, OpenAttention, OwnAttention
+from peft_vision.layers.attention import OpenAttention, OwnAttention
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.block import BlockParts, attention_of, mlp_of
 from peft_vision.layers.ownership import plain_of
 from peft_vision.layers.positions import without_rows

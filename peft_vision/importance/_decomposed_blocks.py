@@ -20,7 +20,8 @@ from peft_vision.importance._decomposition import (
     through,
 )
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import AttentionParts, attention_inside, head_dim
+from peft_vision.layers.attention import at_scale, attention_inside
+from peft_vision.layers.attention_parts import AttentionParts, head_count, head_dim, thirds_of
 from peft_vision.layers.block import BlockParts
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.gates import Gated
@@ -85,14 +86,18 @@ def _projected(attention: nn.Module, parts: AttentionParts, x: Pair) -> list[Pai
     else:
         bias = torch.cat(beside) if beside and beside[0] is not None else 0.0
         whole = affine(lambda t: layers[0](t) + bias, x)
-        thirds = [Pair(*t) for t in zip(*(part.chunk(3, -1) for part in whole), strict=True)]
-    width = head_dim(attention, parts)
+        sizes = thirds_of(attention, parts)
+        thirds = [
+            Pair(*t) for t in zip(*(torch.split(part, sizes, -1) for part in whole), strict=True)
+        ]
+    count, width = head_count(attention, parts), head_dim(attention, parts)
 
     def split(flat: Tensor) -> Tensor:
-        heads: Tensor = flat.unflatten(-1, (-1, width)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        heads: Tensor = flat.unflatten(-1, (count, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
         return heads
 
-    return [third.each(split) for third in thirds]
+    q, k, v = (third.each(split) for third in thirds)
+    return [q.each(lambda t: at_scale(t, width)), k, v]
 
 
 def _product(y: Pair, gate: Pair) -> Pair:

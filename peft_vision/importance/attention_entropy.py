@@ -20,7 +20,7 @@ from peft_vision.calibration import Walk
 from peft_vision.errors import UnsupportedSite
 from peft_vision.importance._ahead import opened
 from peft_vision.importance._probing import images_for, table
-from peft_vision.layers.attention import OpenAttention, OwnAttention, project
+from peft_vision.layers.attention import is_free, project
 from peft_vision.layers.trunk import Stream
 
 
@@ -92,7 +92,7 @@ def _measured(p: Tensor, measure: str) -> Tensor:
 
 def _require_own(site: HeadsSite) -> None:
     module = getattr(site.owner, site.attribute)
-    if isinstance(module, OwnAttention) and not isinstance(module, OpenAttention):
+    if not is_free(module):
         raise UnsupportedSite(
             f"{site.key} is computed by {type(module).__name__}, whose attention is not what "
             "queries and keys alone would give. Score the model before."

@@ -33,7 +33,7 @@ from peft_vision.importance._probing import (
     reader,
     table,
 )
-from peft_vision.layers.attention import OpenAttention, OwnAttention
+from peft_vision.layers.attention import is_free
 from peft_vision.layers.trunk import Trunk
 
 SLACK = 1e-2
@@ -143,8 +143,7 @@ def _require_rules(backbone: Backbone, trunk: Trunk) -> None:
     kinds = [
         type(module).__name__
         for site in backbone.heads
-        if isinstance(module := getattr(site.owner, site.attribute), OwnAttention)
-        and not isinstance(module, OpenAttention)
+        if not is_free(module := getattr(site.owner, site.attribute))
     ]
     if len(trunk.reducers) or trunk.votes is not None or len(trunk.prompts):
         kinds.append("tokens that join, leave or vote between the blocks")

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, HeadsSite
-from peft_vision.importance._probing import reader, table
+from peft_vision.importance._probing import table
 from peft_vision.layers.base_weights import base_weight
+from peft_vision.layers.head_surgery import weights_by_head
 from peft_vision.layers.quantized import Quantized
 from peft_vision.layers.surgery import weight_of
 
@@ -39,12 +40,7 @@ def score(backbone: Backbone, batches: Iterable[Any] = ()) -> Tensor:
 
 def _weights(site: HeadsSite) -> list[Tensor]:
     """Every weight of the heads, H x anything each; packed ones as what they stand for."""
-    found = []
-    for name in site.parts.qkv:
-        weight = _weight(getattr(site.attention, name))
-        pieces = weight.chunk(3) if len(site.parts.qkv) == 1 else (weight,)
-        found += [piece.reshape(site.count, -1) for piece in pieces]
-    return [*found, _weight(reader(site)).t().reshape(site.count, -1)]
+    return weights_by_head(site.attention, site.parts, _weight)
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -7,92 +7,30 @@ those names. Tensors: ``x`` is B N C, heads are B H N D.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_vision.layers.named_parts import holder_of, inputs_of, part_of, put_part
-from peft_vision.layers.surgery import (
-    keep_features,
-    keep_inputs,
-    keep_outputs,
-    select_parameter,
-    weight_of,
+from peft_vision.layers.attention_parts import (
+    AttentionParts,
+    head_count,
+    head_dim,
+    thirds_of,
 )
-
-Rotate = Callable[[nn.Module, Tensor, Any], Tensor]
-"""(attention module, B H N D queries or keys, the family's rope) -> rotated; prefix tokens stay."""
+from peft_vision.layers.head_surgery import keep_heads, keep_queries
 
 
-@dataclass(frozen=True)
-class AttentionParts:
-    """The names of the parts of an attention module. Plain data and module-level functions only.
+def at_scale(q: Tensor, width: int) -> Tensor:
+    """Queries whose products with keys, over the root of their own width, are what they were.
 
-    Attributes:
-        qkv: one fused linear, or the three of queries, keys and values.
-        out: the output projection.
-        biases: separate query, key and value biases beside a fused linear without bias.
-        q_norm: norm over head_dim on queries, if any; `k_norm` on keys.
-        norm: norm over all heads' outputs before `out`, if any.
-        gate: linear whose sigmoid multiplies the heads' outputs before `out`, if any.
-        heads: attributes that hold the number of heads.
-        width: attributes that hold heads x head_dim.
-        dropout: Dropout module, or attribute holding the probability, on the attention weights.
-        out_dropout: Dropout module after `out`, if any.
-        rotate: applies rotary positions to queries or keys, for families that have them.
-        unrotated: attribute that holds how many of the first tokens have no position, if any.
-        pieces: how often each of `qkv` runs through all heads. Where it is not said, a fused linear
-            does so three times and separate ones once; one that has queries, keys and values of a
-            head side by side does so once, too.
-        follow: (name, pieces) of norms over what these linears give.
-        per_head: (name, axis) of what else has an entry for each head: a tensor along an axis, a
-            layer in its outputs, a tuple of sizes at a place. What is None is skipped.
-        heads_last: `out` reads the first features of all heads, then the second ones, and so on.
-        caches: dictionaries of what was computed from any of these; emptied when heads go.
-        forward: computes the module's output where its own forward cannot with fewer heads.
-
-    Where a module is cut and not opened, these may name parts of parts, with dots. Without
-    `head_dim` the first of `heads` says how many heads there are.
+    Args:
+        width: the one by whose root products were divided before queries were cut.
     """
-
-    qkv: tuple[str, ...]
-    out: str
-    head_dim: str | None = "head_dim"
-    biases: tuple[str, str, str] | None = None
-    q_norm: str | None = None
-    k_norm: str | None = None
-    norm: str | None = None
-    gate: str | None = None
-    heads: tuple[str, ...] = ()
-    width: tuple[str, ...] = ()
-    dropout: str | None = None
-    out_dropout: str | None = None
-    rotate: Rotate | None = None
-    unrotated: str | None = None
-    pieces: tuple[int, ...] | None = None
-    follow: tuple[tuple[str, int], ...] = ()
-    per_head: tuple[tuple[str, int], ...] = ()
-    heads_last: bool = False
-    caches: tuple[str, ...] = ()
-    forward: Callable[..., Any] | None = None
-
-
-def head_dim(attention: nn.Module, parts: AttentionParts) -> int:
-    """Width of one head, as the output projection sees it."""
-    if parts.head_dim is None:
-        return inputs_of(part_of(attention, parts.out)) // head_count(attention, parts)
-    return int(part_of(attention, parts.head_dim))
-
-
-def head_count(attention: nn.Module, parts: AttentionParts) -> int:
-    """How many heads there are now, read from the output projection where that says it."""
-    if parts.head_dim is None:
-        return int(part_of(attention, parts.heads[0]))
-    return inputs_of(part_of(attention, parts.out)) // head_dim(attention, parts)
+    own = q.shape[-1]
+    return q if own == width else q * (own / width) ** 0.5
 
 
 class Attended(NamedTuple):
@@ -113,15 +51,22 @@ def project(
     x: Tensor,
     rope: Any = None,
     rows: int | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, normed and rotated: three of B H N D.
 
+    Queries and keys that were cut are narrower than values, and scaled for their own width.
+
     Args:
         rows: queries of this many first tokens only, none of which may have a rotary position.
+        places: H n: where the features that are left of queries and keys were; the others are put
+            back as zeros.
     """
-    width = head_dim(attention, parts)
+    width, count = head_dim(attention, parts), head_count(attention, parts)
     thirds = _thirds(attention, parts, x, rows)
-    q, k, v = (_heads_of(t, width) for t in thirds)
+    q, k, v = (_heads_of(t, count) for t in thirds)
+    if places is not None:
+        q, k = _put_back(q, places, width), _put_back(k, places, width)
     if parts.q_norm is not None:
         q = getattr(attention, parts.q_norm)(q)
     if parts.k_norm is not None:
@@ -130,12 +75,17 @@ def project(
         q = parts.rotate(attention, q, rope) if rows is None else q
         k = parts.rotate(attention, k, rope)
         q, k = q.type_as(v), k.type_as(v)
-    return q, k, v
+    return at_scale(q, width), k, v
 
 
-def _heads_of(flat: Tensor, width: int) -> Tensor:
-    heads: Tensor = flat.unflatten(-1, (-1, width)).transpose(1, 2)  # type: ignore[no-untyped-call]
+def _heads_of(flat: Tensor, count: int) -> Tensor:
+    heads: Tensor = flat.unflatten(-1, (count, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
     return heads
+
+
+def _put_back(heads: Tensor, places: Tensor, width: int) -> Tensor:
+    whole = heads.new_zeros(*heads.shape[:-1], width)
+    return whole.scatter(-1, places[None, :, None].expand(heads.shape), heads)
 
 
 def _thirds(
@@ -148,15 +98,15 @@ def _thirds(
     fused = layers[0]
     bias = None if parts.biases is None else [getattr(attention, name) for name in parts.biases]
     together = None if bias is None or bias[0] is None else torch.cat(bias)
+    own, _, whole = sizes = thirds_of(attention, parts)
     if rows is None or type(fused) is not nn.Linear:
         projected = fused(x) if together is None else fused(x) + together
-        q, k, v = projected.chunk(3, dim=-1)
+        q, k, v = torch.split(projected, sizes, dim=-1)
         return (q if rows is None else q[:, :rows]), k, v
     together = fused.bias if together is None else together
-    width = fused.out_features // 3
-    both = F.linear(x, fused.weight[width:], None if together is None else together[width:])
-    q = F.linear(first, fused.weight[:width], None if together is None else together[:width])
-    return q, *both.chunk(2, dim=-1)
+    both = F.linear(x, fused.weight[own:], None if together is None else together[own:])
+    q = F.linear(first, fused.weight[:own], None if together is None else together[:own])
+    return q, *torch.split(both, [own, whole], dim=-1)
 
 
 def attend(
@@ -170,12 +120,19 @@ def attend(
 ) -> Tensor:
     """Attention by the fused kernel, which takes `masks` (attn_mask, is_causal): B H N D.
 
+    Queries and keys that are narrower than values get zeros beside them where numbers are computed:
+    without, no fused kernel of a CPU takes them.
+
     Args:
         key_bias: B N, added to the logits of each key: the log of how many patches it stands for.
     """
     probability = _dropout(attention, parts) if attention.training else 0.0
     if key_bias is not None:
         masks["attn_mask"] = key_bias[:, None, None, :].to(q.dtype)
+    lacking = v.shape[-1] - q.shape[-1]
+    if lacking > 0 and not q.is_meta and not torch.compiler.is_exporting():
+        masks["scale"] = q.shape[-1] ** -0.5
+        q, k = F.pad(q, (0, lacking)), F.pad(k, (0, lacking))
     return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **masks)
 
 
@@ -195,83 +152,6 @@ def finish(attention: nn.Module, parts: AttentionParts, heads: Tensor, x: Tensor
     return getattr(attention, parts.out_dropout)(y) if parts.out_dropout is not None else y
 
 
-def pieces_of(parts: AttentionParts) -> tuple[int, ...]:
-    """How often each of the linears of queries, keys and values runs through all heads."""
-    return parts.pieces or ((3,) if len(parts.qkv) == 1 else (1,) * len(parts.qkv))
-
-
-def weights_by_head(attention: nn.Module, parts: AttentionParts) -> list[Tensor]:
-    """Every weight that belongs to a head, one row per head: tensors of H x anything."""
-    count = head_count(attention, parts)
-    found = []
-    for name, pieces in zip(parts.qkv, pieces_of(parts), strict=True):
-        weight = weight_of(part_of(attention, name))
-        found += [piece.reshape(count, -1) for piece in weight.chunk(pieces)]
-    read = weight_of(part_of(attention, parts.out)).transpose(0, 1)
-    if parts.heads_last:
-        read = read.unflatten(0, (-1, count)).transpose(0, 1)  # type: ignore[no-untyped-call]
-    return [*found, read.reshape(count, -1)]
-
-
-def keep_heads(attention: nn.Module, parts: AttentionParts, heads: Sequence[int]) -> None:
-    """Keep whole heads, in place; the width of a head and the softmax scale stay."""
-    width, count = head_dim(attention, parts), head_count(attention, parts)
-    rows = _entries(heads, count, count * width)
-    for name, pieces in zip(parts.qkv, pieces_of(parts), strict=True):
-        layer = part_of(attention, name)
-        size = count * width * pieces if parts.pieces is None else len(weight_of(layer))
-        keep_outputs(layer, _entries(heads, count, size, pieces))
-    _keep_optional(attention, parts, rows)
-    _keep_beside(attention, parts, heads, count)
-    read = [i * count + head for i in range(width) for head in heads] if parts.heads_last else rows
-    keep_inputs(part_of(attention, parts.out), read)
-    for name in parts.heads:
-        put_part(attention, name, len(heads))
-    for name in parts.width:
-        put_part(attention, name, part_of(attention, name) * len(heads) // count)
-
-
-def _entries(heads: Sequence[int], count: int, size: int, pieces: int = 1) -> list[int]:
-    """Where these heads are among `size` features that run through all heads `pieces` times."""
-    width = size // (pieces * count)
-    return [
-        (piece * count + head) * width + i
-        for piece in range(pieces)
-        for head in heads
-        for i in range(width)
-    ]
-
-
-def _keep_optional(attention: nn.Module, parts: AttentionParts, rows: Sequence[int]) -> None:
-    for name in parts.biases or ():
-        if getattr(attention, name) is not None:
-            select_parameter(attention, name, rows)
-    if parts.norm is not None:
-        keep_features(getattr(attention, parts.norm), rows)
-    if parts.gate is not None and getattr(attention, parts.gate) is not None:
-        keep_outputs(getattr(attention, parts.gate), rows)
-
-
-def _keep_beside(
-    attention: nn.Module, parts: AttentionParts, heads: Sequence[int], count: int
-) -> None:
-    for name, pieces in parts.follow:
-        norm = part_of(attention, name)
-        keep_features(norm, _entries(heads, count, len(norm.weight), pieces))
-    for name, axis in parts.per_head:
-        value = part_of(attention, name)
-        if isinstance(value, Tensor):
-            select_parameter(*holder_of(attention, name), heads, axis)
-        elif isinstance(value, nn.Module):
-            keep_outputs(value, _entries(heads, count, len(weight_of(value))))
-        elif isinstance(value, tuple):
-            put_part(attention, name, (*value[:axis], len(heads), *value[axis + 1 :]))
-        elif isinstance(value, int):
-            put_part(attention, name, len(heads))
-    for name in parts.caches:
-        getattr(attention, name).clear()
-
-
 def _dropout(attention: nn.Module, parts: AttentionParts) -> float:
     if parts.dropout is None:
         return 0.0
@@ -287,18 +167,22 @@ def branch_of(
     *,
     rows: int | None = None,
     key_bias: Tensor | None = None,
+    whole: bool = False,
+    places: Tensor | None = None,
     **masks: Any,
 ) -> Attended:
     """The branch of a family's attention module, or of one of ours that stands in its place.
 
     Args:
         x: the normed stream, B N C.
-        rows: the output of this many first tokens only (see `project`).
+        rows: the output of this many first tokens only (see `project`). `places`: see there.
         key_bias: see `attend`.
+        whole: the queries of all tokens are asked for; else those of the first ones may be all that
+            is given.
     """
     if isinstance(module, OwnAttention):
-        return module.branch(x, rope, rows=rows, key_bias=key_bias, **masks)
-    q, k, v = project(module, parts, x, rope, rows)
+        return module.branch(x, rope, rows=rows, key_bias=key_bias, whole=whole, **masks)
+    q, k, v = project(module, parts, x, rope, rows, places)
     heads = attend(module, parts, q, k, v, key_bias, **masks)
     asked = x if rows is None else x[:, :rows]
     return Attended(finish(module, parts, heads, asked), q, k, v)
@@ -310,6 +194,11 @@ class OwnAttention(nn.Module, ABC):
     Attributes:
         attention: the family's module, whose linears are the ones in use. `parts`: its names.
     """
+
+    @property
+    def free(self) -> bool:
+        """Whether another may take its place: it computes what the linears inside say, no more."""
+        return False
 
     def __init__(self, attention: nn.Module, parts: AttentionParts) -> None:
         super().__init__()
@@ -324,6 +213,7 @@ class OwnAttention(nn.Module, ABC):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
         """See `branch_of`."""
@@ -335,6 +225,15 @@ class OwnAttention(nn.Module, ABC):
     def keep_heads(self, heads: Sequence[int]) -> None:
         """Keep whole heads, in place; what this module holds of its own for a head follows."""
         keep_heads(self.attention, self.parts, heads)
+
+    def keep_queries(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep some features of each head's queries and keys, in place (see `keep_queries`)."""
+        keep_queries(self.attention, self.parts, kept)
+
+
+def is_free(module: nn.Module) -> bool:
+    """Whether a module of ours may take the place of this one without losing anything."""
+    return not isinstance(module, OwnAttention) or module.free
 
 
 def attention_inside(module: nn.Module) -> nn.Module:
@@ -349,6 +248,11 @@ class OpenAttention(OwnAttention):
     therefore breaks when heads are removed. Input and output B N C.
     """
 
+    @property
+    def free(self) -> bool:
+        """Yes."""
+        return True
+
     def branch(
         self,
         x: Tensor,
@@ -356,6 +260,7 @@ class OpenAttention(OwnAttention):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
         """See `branch_of`."""

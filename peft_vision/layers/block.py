@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.absent import Absent
-from peft_vision.layers.attention import Attended, AttentionParts, attention_inside, branch_of
+from peft_vision.layers.attention import Attended, attention_inside, branch_of
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.mlp import MlpParts
 
@@ -70,19 +71,21 @@ def attention_half(
     *,
     rows: int | None = None,
     key_bias: Tensor | None = None,
+    whole: bool = False,
 ) -> Halfway:
     """The attention branch added to the stream.
 
     Args:
         rows: go on with this many first tokens only; all tokens are still attended to.
-        key_bias: see `attend`.
+        key_bias: see `attend`. `whole`: see `branch_of`.
     """
     module = getattr(block, parts.attention)
     stays = x if rows is None else x[:, :rows]
     if isinstance(module, Absent):
         return Halfway(module(stays), module.added(stays), None)
     normed = getattr(block, parts.norm1)(x)
-    attended = branch_of(module, parts.attention_parts, normed, rope, rows=rows, key_bias=key_bias)
+    named = parts.attention_parts
+    attended = branch_of(module, named, normed, rope, rows=rows, key_bias=key_bias, whole=whole)
     added = _through(block, parts.after1, attended.branch)
     return Halfway(stays + added, added, attended)
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_vision.layers.attention import AttentionParts, head_dim
+from peft_vision.layers.attention import at_scale
+from peft_vision.layers.attention_parts import AttentionParts, head_count, head_dim, query_dim
 
 
 def rows_of(kept: Tensor, first: int) -> Tensor:
@@ -60,8 +61,8 @@ def projected(
     attention: nn.Module, parts: AttentionParts, x: Tensor, rope: Any, routed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the heads behind the first `routed`, keys and values of all: B H N D each."""
-    width = head_dim(attention, parts)
-    start = routed * width
+    count, start = head_count(attention, parts), routed * query_dim(attention, parts)
+    whole = count * head_dim(attention, parts)
     layers = [getattr(attention, name) for name in parts.qkv]
     if len(layers) == 3:
         weight, bias = layers[0].weight[start:], layers[0].bias
@@ -69,11 +70,11 @@ def projected(
         k, v = layers[1](x), layers[2](x)
     else:
         together = _bias(attention, parts)
-        whole = layers[0].out_features // 3
+        own = count * query_dim(attention, parts)
         bias = None if together is None else together[start:]
         joined = F.linear(x, layers[0].weight[start:], bias)
-        q, k, v = torch.split(joined, [whole - start, whole, whole], dim=-1)
-    q, k, v = (_heads_of(t, width) for t in (q, k, v))
+        q, k, v = torch.split(joined, [own - start, own, whole], dim=-1)
+    q, k, v = (_heads_of(t, n) for t, n in ((q, count - routed), (k, count), (v, count)))
     if parts.k_norm is not None:
         k = getattr(attention, parts.k_norm)(k)
     if parts.rotate is not None and rope is not None:
@@ -86,7 +87,7 @@ def head_queries(
 ) -> Tensor:
     """Queries of the first heads, each for its tokens alone: B E R D."""
     batch, heads, rows = places.shape
-    width, channels = head_dim(attention, parts), x.shape[-1]
+    width, channels = query_dim(attention, parts), x.shape[-1]
     layer = getattr(attention, parts.qkv[0])
     bias = layer.bias if len(parts.qkv) == 3 else _bias(attention, parts)
     chosen = x.reshape(-1, channels).index_select(0, flat_places(places, x.shape[1]))
@@ -163,11 +164,13 @@ def _bias(attention: nn.Module, parts: AttentionParts) -> Tensor | None:
 def _placed(attention: nn.Module, parts: AttentionParts, q: Tensor, rope: Any) -> Tensor:
     if parts.q_norm is not None:
         q = getattr(attention, parts.q_norm)(q)
-    return q if parts.rotate is None or rope is None else parts.rotate(attention, q, rope)
+    if parts.rotate is not None and rope is not None:
+        return parts.rotate(attention, q, rope)
+    return at_scale(q, head_dim(attention, parts))
 
 
-def _heads_of(flat: Tensor, width: int) -> Tensor:
-    heads: Tensor = flat.unflatten(-1, (-1, width)).transpose(1, 2)  # type: ignore[no-untyped-call]
+def _heads_of(flat: Tensor, count: int) -> Tensor:
+    heads: Tensor = flat.unflatten(-1, (count, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
     return heads
 
 

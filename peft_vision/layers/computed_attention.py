@@ -29,6 +29,7 @@ class ComputedAttention(OwnAttention):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
         """Refused: such modules attend within windows, or to what their block hands them.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
-from peft_vision.layers.attention import AttentionParts, OwnAttention
+from peft_vision.layers.attention import OwnAttention
+from peft_vision.layers.attention_parts import AttentionParts
 
 POSITIONS = ("rope", "position_embeddings")
 

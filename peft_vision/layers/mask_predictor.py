@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peft_vision.layers.router import wide
+from peft_vision.layers.precision import in_full, wide
 
 SPREAD = 0.02
 COEFFICIENTS = 8
@@ -37,7 +37,10 @@ class MaskPredictor(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """How strongly each patch attends to each, B H n n, from queries and keys B H n D."""
-        q, k = wide(q), wide(k)
+        with in_full(q):
+            return self._connected(wide(q), wide(k))
+
+    def _connected(self, q: Tensor, k: Tensor) -> Tensor:
         narrow_q = q @ self.query.t().to(q.dtype)
         narrow_k = self.squeeze.to(k.dtype) @ (k @ self.key.t().to(k.dtype))
         scale = narrow_q.shape[-1] ** -0.5

@@ -30,3 +30,8 @@ def inputs_of(layer: nn.Module) -> int:
     """How many features a linear, or channels a convolution, reads."""
     width: Any = getattr(layer, "in_features", None)
     return int(layer.in_channels if width is None else width)  # type: ignore[arg-type]
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """How many features a linear gives."""
+    return int(layer.out_features)  # type: ignore[arg-type]

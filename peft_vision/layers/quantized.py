@@ -6,7 +6,7 @@ Counting, proving and merging see such a layer as the dense one whose place it t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -61,11 +61,11 @@ class Quantized(ABC):
 
 
 @split_outputs.register(Quantized)
-def _(layer: Any, count: int) -> list[nn.Module]:  # type: ignore[misc]
+def _(layer: Any, sizes: Sequence[int]) -> list[nn.Module]:  # type: ignore[misc]
     empty = layer.weight.is_meta
     return [
         layer.packed(p)
-        for p in split_outputs(layer.dense_twin() if empty else layer.dense(), count)
+        for p in split_outputs(layer.dense_twin() if empty else layer.dense(), sizes)
     ]
 
 

@@ -15,17 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_vision.layers.attention import (
-    Attended,
-    AttentionParts,
-    attend,
-    before_output,
-    branch_of,
-    finish,
-    head_count,
-    keep_heads,
-    project,
-)
+from peft_vision.layers.attention import Attended, attend, before_output, branch_of, finish, project
+from peft_vision.layers.attention_parts import AttentionParts, head_count
 from peft_vision.layers.base_weights import base_weight, is_plain
 from peft_vision.layers.chosen import (
     add_rows,
@@ -38,6 +29,7 @@ from peft_vision.layers.chosen import (
     take_heads,
 )
 from peft_vision.layers.head_routing import HeadRouting
+from peft_vision.layers.head_surgery import keep_heads
 from peft_vision.layers.housed_attention import HousedAttention, bias_of
 from peft_vision.layers.router import (
     Anneal,
@@ -52,6 +44,7 @@ from peft_vision.layers.router import (
     straight_through,
     surplus,
     top_gates,
+    unused,
 )
 from peft_vision.layers.traits import Lesson, Penalised, Routing
 
@@ -62,14 +55,12 @@ class RoutedAttention(HousedAttention, Penalised, Routing):
     Attributes:
         gathered: compute chosen tokens only where that is possible; False computes everything and
             masks, for comparison.
-        whole_queries: give the queries of all tokens on to whoever asks for them, at their cost;
-            otherwise of the protected first tokens alone.
     """
 
     def __init__(self, attention: nn.Module, parts: AttentionParts, routing: HeadRouting) -> None:
         super().__init__(attention, parts)
         self.routing = routing
-        self.gathered, self.whole_queries = True, False
+        self.gathered = True
         like = next(p for p in attention.parameters() if p.is_floating_point())
         width = int(getattr(attention, parts.out).out_features)
         seed = None if routing.soft else routing.seed
@@ -112,7 +103,11 @@ class RoutedAttention(HousedAttention, Penalised, Routing):
         routed, shared = (
             tuple(place[h] for h in kind if h in place) for kind in (r.routed, r.shared)
         )
-        self.routing = replace(r, routed=routed, shared=shared)
+        share = r.share
+        if r.choice == "token" and routed:  # a patch goes on being served by as many
+            share = min(1.0, count_of(r.share, len(r.routed)) / len(routed))
+        self.routing = replace(r, routed=routed, shared=shared, share=share)
+        self.now.target = share
 
     def called(self, x: Tensor, rope: Any, mask: Tensor | None) -> Tensor:
         """The output alone; queries that nobody asks for are not computed."""
@@ -125,23 +120,24 @@ class RoutedAttention(HousedAttention, Penalised, Routing):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
-        """See `branch_of`; queries are those of the protected first tokens, or of all."""
-        whole = self.whole_queries or self.routing.protect == 0
+        """See `branch_of`; the queries of all tokens cost what is saved on them."""
+        whole = whole or self.routing.protect == 0
         mask = bias_of(masks.get("attn_mask"), key_bias, x)
         return self._run(x, rope, rows, mask, whole=whole)
 
     def _run(
         self, x: Tensor, rope: Any, rows: int | None, mask: Tensor | None, *, whole: bool
     ) -> Attended:
-        first = self._protected(x, rope)
+        first, learning = self._protected(x, rope), self.training and torch.is_grad_enabled()
         share = self.now()
         patches = x.shape[1] - first
         if not self.routing.routed or patches < 1 or (rows is not None and rows <= first):
             seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., :rows, :]
-            return branch_of(self.attention, self.parts, x, rope, rows=rows, attn_mask=seen)
-        learning = self.training and torch.is_grad_enabled()
+            done = branch_of(self.attention, self.parts, x, rope, rows=rows, attn_mask=seen)
+            return done._replace(branch=unused(self.router, done.branch)) if learning else done
         by_head = self.routing.choice == "head"
         count = count_of(share, patches if by_head else len(self.routing.routed))
         full = count == (patches if by_head else len(self.routing.routed))

@@ -31,6 +31,7 @@ from peft_vision.layers.router import (
     straight_through,
     surplus,
     top_gates,
+    unused,
 )
 from peft_vision.layers.traits import Lesson, Penalised, Routing
 
@@ -148,7 +149,7 @@ class RoutedMlp(OwnMlp, Penalised, Routing):
             count = members
         if experts == 1 or members < 1 or (count == members and not learning and not r.soft):
             whole: Tensor = self.inner(x, *args, **kwargs)
-            return whole
+            return unused(self.router, whole) if learning else whole
         logits = self._logits(x, count)
         possible = self.gathered and r.in_order and count < members
         if possible and self._plain(*self.parts.up):

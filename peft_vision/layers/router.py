@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_vision.layers.precision import in_full, wide
 from peft_vision.layers.surgery import select_parameter
 from peft_vision.layers.traits import Lesson
 
@@ -58,7 +59,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of the routed members, B N E."""
         x = wide(x)
-        return F.linear(x, self.routed.to(x.dtype), self.bias.to(x.dtype))
+        with in_full(x):
+            return F.linear(x, self.routed.to(x.dtype), self.bias.to(x.dtype))
 
     def stages(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Gates of the shared members (B N S) and the factor of the routed ones (B N 1).
@@ -67,10 +69,10 @@ class Router(nn.Module):
         """
         if self.shared is None or self.balance is None:
             return None
-        x = wide(x)
-        shares = 2 * F.linear(x, self.balance.to(x.dtype)).softmax(-1)
-        count = self.shared.shape[0]
-        among = count * F.linear(x, self.shared.to(x.dtype)).softmax(-1)
+        x, count = wide(x), self.shared.shape[0]
+        with in_full(x):
+            shares = 2 * F.linear(x, self.balance.to(x.dtype)).softmax(-1)
+            among = count * F.linear(x, self.shared.to(x.dtype)).softmax(-1)
         return shares[..., :1] * among, shares[..., 1:]
 
     @torch.no_grad()
@@ -155,9 +157,13 @@ def recomputing() -> bool:
     return int(torch._C._current_graph_task_id()) >= 0  # noqa: SLF001 - how torch's checkpoint asks
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def unused(module: nn.Module, output: Tensor) -> Tensor:
+    """The same output, which no parameter of `module` had a part in.
+
+    Each gets a gradient of zero all the same: processes that train together wait for one from all.
+    """
+    idle = [p.sum().to(output.dtype) for p in module.parameters() if p.requires_grad]
+    return output + 0.0 * torch.stack(idle).sum() if idle else output
 
 
 @torch.no_grad()

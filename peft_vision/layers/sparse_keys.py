@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_vision.layers.attention import (
-    Attended,
-    AttentionParts,
-    attend,
-    branch_of,
-    finish,
-    project,
-)
+from peft_vision.errors import UnsupportedSite
+from peft_vision.layers.attention import Attended, attend, branch_of, finish, project
+from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.chosen import mask_keys, rows_of
 from peft_vision.layers.housed_attention import HousedAttention, bias_of
 from peft_vision.layers.mask_predictor import MaskPredictor
-from peft_vision.layers.router import Anneal, count_of, recomputing, wide
+from peft_vision.layers.precision import in_full, wide
+from peft_vision.layers.router import Anneal, count_of, recomputing, unused
 from peft_vision.layers.traits import Penalised
 
 SAMPLED = 16
@@ -63,6 +60,7 @@ class SparseKeys(HousedAttention):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
         """See `branch_of`. What a mask hides may still be chosen, and is then not seen."""
@@ -104,7 +102,8 @@ class SparseKeys(HousedAttention):
         else:
             tokens, count = q.shape[2], self._queries(q.shape[2])
             asking = q[:, :, [i * tokens // count for i in range(count)]]
-        logits = asking @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        with in_full(q):
+            logits = asking @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if key_bias is not None:
             logits = logits + key_bias[:, None, None, :]
         ranked: Tensor = logits.softmax(-1).mean(2)
@@ -143,6 +142,17 @@ class SparseMask(HousedAttention, Penalised):
         """Settings, for printing."""
         return f"keep={self.keep:g}"
 
+    def keep_queries(self, kept: Sequence[Sequence[int]]) -> None:
+        """Refused.
+
+        Raises:
+            UnsupportedSite: always.
+        """
+        raise UnsupportedSite(
+            "A predictor reads the queries of this model's attention as wide as they are. Cut them "
+            "before keys are chosen."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_error": None}  # a copy of the module is not within a graph
 
@@ -160,6 +170,7 @@ class SparseMask(HousedAttention, Penalised):
         *,
         rows: int | None = None,
         key_bias: Tensor | None = None,
+        whole: bool = False,
         **masks: Any,
     ) -> Attended:
         """See `branch_of`."""
@@ -176,7 +187,10 @@ class SparseMask(HousedAttention, Penalised):
             mask = mask[..., :rows, :]
         asked, normed = (q, x) if rows is None else (q[:, :, :rows], x[:, :rows])
         heads = attend(self.attention, self.parts, asked, k, v, attn_mask=mask)
-        return Attended(finish(self.attention, self.parts, heads, normed), asked, k, v)
+        branch = finish(self.attention, self.parts, heads, normed)
+        if self._error is None and self.training and torch.is_grad_enabled():
+            branch = unused(self.predictor, branch)
+        return Attended(branch, asked, k, v)
 
     def _hidden(self, q: Tensor, k: Tensor, count: int) -> Tensor:
         """Minus infinity where a query does not see a key, B H N N; first tokens see all."""
@@ -189,7 +203,7 @@ class SparseMask(HousedAttention, Penalised):
     def _reconstruction(self, q: Tensor, k: Tensor) -> Tensor:
         """Mean squared error of the predicted map of the patches' attention."""
         first, q, k = self.protect, wide(q.detach()), wide(k.detach())
-        with torch.no_grad():
+        with torch.no_grad(), in_full(q):
             logits = q[:, :, first:] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
             target = logits.softmax(-1)[..., first:]
         return F.mse_loss(self.predictor(q[:, :, first:], k[:, :, first:]), target)

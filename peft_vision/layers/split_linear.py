@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vision.errors import UnsupportedSite
+from peft_vision.layers.named_parts import outputs_of
 from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
 
 NAMES = ("q", "k", "v")
@@ -17,7 +18,7 @@ NAMES = ("q", "k", "v")
 class SplitLinear(nn.Module):
     """Queries, keys and values by a linear each; called like the fused one.
 
-    Maps B N C to B N 3C', the outputs one after the other.
+    Maps B N C to the outputs of the three, one after the other.
     """
 
     q: nn.Module
@@ -28,14 +29,19 @@ class SplitLinear(nn.Module):
         super().__init__()
         self.q, self.k, self.v = parts
 
+    @property
+    def out_features(self) -> int:
+        """How many features the three give."""
+        return sum(outputs_of(part) for part in (self.q, self.k, self.v))
+
     def forward(self, x: Tensor) -> Tensor:
         """The outputs of the three, joined."""
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
 @singledispatch
-def split_outputs(layer: nn.Module, count: int) -> list[nn.Module]:
-    """`count` layers whose outputs, one after the other, are those of `layer`.
+def split_outputs(layer: nn.Module, sizes: Sequence[int]) -> list[nn.Module]:
+    """Layers of so many outputs each, which one after the other are those of `layer`.
 
     Raises:
         UnsupportedSite: there is no rule for this class of layer.
@@ -44,11 +50,13 @@ def split_outputs(layer: nn.Module, count: int) -> list[nn.Module]:
 
 
 @split_outputs.register(nn.Linear)
-def _(layer: nn.Linear, count: int) -> list[nn.Module]:
+def _(layer: nn.Linear, sizes: Sequence[int]) -> list[nn.Module]:
     if type(layer) is not nn.Linear:
         raise UnsupportedSite(f"There is no rule to split the outputs of {type(layer).__name__}.")
-    weights = layer.weight.detach().chunk(count)
-    biases = layer.bias.detach().chunk(count) if layer.bias is not None else [None] * count
+    weights = torch.split(layer.weight.detach(), list(sizes))
+    biases: Sequence[Tensor | None] = [None] * len(weights)
+    if layer.bias is not None:
+        biases = torch.split(layer.bias.detach(), list(sizes))
     return [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
 
 
@@ -83,7 +91,7 @@ def _(layer: SplitLinear, indices: Sequence[int]) -> None:
     start = 0
     for name in NAMES:
         part = getattr(layer, name)
-        size = int(part.out_features)
+        size = outputs_of(part)
         keep_outputs(part, [i - start for i in indices if start <= i < start + size])
         start += size
 

@@ -13,6 +13,7 @@ from peft_vision.layers.absent import Absent
 from peft_vision.layers.attention import OwnAttention
 from peft_vision.layers.bottleneck import Beside
 from peft_vision.layers.mlp import OwnMlp
+from peft_vision.layers.narrow_attention import NarrowAttention
 from peft_vision.layers.ownership import is_copied, plain_of
 from peft_vision.layers.positions import TypeRows
 from peft_vision.layers.prompts import Prompts
@@ -111,6 +112,11 @@ def _holds(module: nn.Module) -> bool:
     kept = {"attention", "inner"}
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     return any(name.partition(".")[0] not in kept for name in names)
+
+
+@keep_stream.register(NarrowAttention)
+def _(module: NarrowAttention, indices: Sequence[int]) -> None:
+    """What it holds is of a head's width."""
 
 
 @keep_stream.register(Prompts)

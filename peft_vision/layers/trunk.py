@@ -179,7 +179,13 @@ class Trunk(nn.Module):
             return stream._replace(x=block(stream.x, *args, **kwargs))
         prefix = self.prefix + stream.extra
         half = attention_half(
-            block, self.parts, stream.x, stream.rope, rows=rows, key_bias=_bias(stream, prefix)
+            block,
+            self.parts,
+            stream.x,
+            stream.rope,
+            rows=rows,
+            key_bias=_bias(stream, prefix),
+            whole=reducer is not None or self._lends(index),
         )
         stream = self._counted(stream._replace(x=half.x), index, "attention", half.added)
         # Where the attention was removed, the one before says whom to choose; where there is none

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from peft_vision.backbones.sites import HeadsSite
 from peft_vision.layers.base_weights import base_weight
 from peft_vision.layers.contributions import contributions
+from peft_vision.layers.head_surgery import weights_by_head
 from peft_vision.method import Evidence
 
 
@@ -23,15 +24,9 @@ def head_scores(model: nn.Module, sites: Sequence[HeadsSite], evidence: Evidence
 
 def _weight_score(site: HeadsSite) -> Tensor:
     total = torch.zeros(site.count, dtype=torch.float64)
-    for name in (*site.parts.qkv, site.parts.out):
-        weight = base_weight(getattr(site.attention, name)).double().cpu()
-        pieces = (
-            weight.chunk(3) if len(site.parts.qkv) == 1 and name != site.parts.out else (weight,)
-        )
-        for piece in pieces:
-            rows = piece.t() if name == site.parts.out else piece
-            square = rows.reshape(site.count, -1).square().sum(1)
-            total += square / square.mean().clamp_min(1e-30)
+    for weight in weights_by_head(site.attention, site.parts, base_weight):
+        square = weight.double().cpu().square().sum(1)
+        total += square / square.mean().clamp_min(1e-30)
     return total
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from peft_vision.backbones.sites import Backbone, HeadsSite, TokensSite
 from peft_vision.errors import BadSetting, UnsupportedSite
-from peft_vision.layers.attention import OpenAttention, OwnAttention, keep_heads
+from peft_vision.layers.attention import is_free
 from peft_vision.layers.base_weights import is_plain
 from peft_vision.layers.head_routing import HeadRouting
+from peft_vision.layers.head_surgery import keep_heads
 from peft_vision.layers.routed_attention import RoutedAttention
 from peft_vision.layers.router import Router
 from peft_vision.layers.usage import head_usage
@@ -167,11 +168,9 @@ class MixtureOfHeads(Method):
             if "keep" in content:
                 sites[key].keep(unpack_indices(content["keep"]))
             else:
-                self._convert(backbone, sites[key], content, routed)
+                self._convert(sites[key], content, routed)
 
-    def _convert(
-        self, backbone: Backbone, site: HeadsSite, content: dict[str, Any], layers: int
-    ) -> None:
+    def _convert(self, site: HeadsSite, content: dict[str, Any], layers: int) -> None:
         _require_free(site)
         count, always = site.count, unpack_indices(content["shared"])
         if count != int(content["shared"]["of"]):
@@ -197,10 +196,10 @@ class MixtureOfHeads(Method):
             seed=site.block + 1,
         )
         module = RoutedAttention(site.attention, site.parts, routing)
-        module.whole_queries = _chooses_tokens(backbone, site.block)
         if isinstance(module.router, Router) and self.choice == "token" and self.gate == "binary":
             liking = [v for h, v in enumerate(content["liking"]) if h not in always]
-            with torch.no_grad():
+            with torch.no_grad():  # what a patch is comes in as the router learns
+                module.router.routed.zero_()
                 module.router.bias.copy_(torch.tensor(liking))
         setattr(site.owner, site.attribute, module)
 
@@ -219,7 +218,7 @@ def _module(site: HeadsSite) -> nn.Module:
 
 def _require_free(site: HeadsSite) -> None:
     module = _module(site)
-    if isinstance(module, OwnAttention) and not isinstance(module, OpenAttention):
+    if not is_free(module):
         raise UnsupportedSite(
             f"{site.key} is computed by {type(module).__name__} already, and heads can be routed "
             "only where attention is the family's own. Route first, or leave the other out."
@@ -230,9 +229,3 @@ def _linears(site: HeadsSite) -> list[nn.Module]:
     names = [*site.parts.qkv, site.parts.out, site.parts.gate]
     layers = [getattr(site.attention, name) for name in names if name is not None]
     return [layer for layer in layers if layer is not None]
-
-
-def _chooses_tokens(backbone: Backbone, block: int) -> bool:
-    """Whether a reducer in this block may ask for the queries of all tokens."""
-    trunk = None if backbone.tokens is None else backbone.tokens.trunk_if_any()
-    return trunk is not None and str(block) in trunk.reducers

@@ -15,7 +15,8 @@ from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, HeadsSite
 from peft_vision.cost import example_input_of, input_size, on_twin, run_images
 from peft_vision.errors import BadSetting, UnsupportedSite
-from peft_vision.layers.attention import OpenAttention, OwnAttention, head_dim
+from peft_vision.layers.attention import is_free
+from peft_vision.layers.attention_parts import query_dim
 from peft_vision.layers.mask_predictor import MaskPredictor
 from peft_vision.layers.sparse_keys import SparseKeys, SparseMask
 from peft_vision.method import Evidence, Method, Need, Stage, check_range
@@ -112,7 +113,7 @@ class SparseAttention(Method):
         attention, parts = site.attention, site.parts
         like = next(p for p in attention.parameters() if p.is_floating_point())
         predictor = MaskPredictor(
-            head_dim(attention, parts), patches, max(1, patches // 6), like, site.block + 1
+            query_dim(attention, parts), patches, max(1, patches // 6), like, site.block + 1
         )
         weight = self.beta / layers
         return SparseMask(attention, parts, predictor, keep, protect, int(self.warm_up), weight)
@@ -120,7 +121,7 @@ class SparseAttention(Method):
 
 def _require_free(site: HeadsSite) -> None:
     module = getattr(site.owner, site.attribute)
-    if isinstance(module, OwnAttention) and not isinstance(module, OpenAttention):
+    if not is_free(module):
         raise UnsupportedSite(
             f"{site.key} is computed by {type(module).__name__} already, and keys can be chosen "
             "only where attention is the family's own. Do this first, or leave the other out."
@@ -137,9 +138,11 @@ def _token_counts(model: nn.Module) -> dict[str, int]:
         def note(key: str, x: Tensor) -> None:
             counts[key] = x.shape[1]
 
-        for site in view(copied).heads:
-            out = getattr(site.attention, site.parts.out)
-            out.register_forward_pre_hook(lambda m, given, key=site.key: note(key, given[0]))
+        backbone = view(copied)
+        backbone.require("tokens")
+        for site in backbone.heads:  # the norm before sees every token, also where few are read
+            norm = getattr(site.owner, backbone.tokens.parts.norm1)  # type: ignore[union-attr]
+            norm.register_forward_pre_hook(lambda m, given, key=site.key: note(key, given[0]))
         run_images(copied.eval(), example_input_of(copied, size))
         return counts
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from peft_vision.backbones.sites import Backbone
 from peft_vision.errors import BadSetting
 from peft_vision.layers.attention import Attended
+from peft_vision.layers.precision import in_full, wide
 from peft_vision.layers.reduction import Reducer, Reduction, behind, take
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions
@@ -174,13 +175,14 @@ class SimilarityReducer(Reducer):
         if count < 1:
             return None
         states = attended.k[:, :, prefix:].mean(1) if self.by_keys else x[:, prefix:]
-        metric = F.normalize(states.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
-        if self.margin is None:
-            source, target = alternating(metric, count)
-        else:
-            source, target = protecting(metric, count, self.margin)
+        metric = F.normalize(wide(states), dim=-1)
         sizes = metric.new_ones(x.shape[0], patches) if sizes is None else sizes
-        return merged(x, sizes, prefix, source, target)
+        with in_full(x):
+            if self.margin is None:
+                source, target = alternating(metric, count)
+            else:
+                source, target = protecting(metric, count, self.margin)
+            return merged(x, sizes, prefix, source, target)
 
 
 def alternating(metric: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from peft_vision.backbones.sites import Backbone, TokensSite
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.attention import Attended
+from peft_vision.layers.precision import in_full, wide
 from peft_vision.layers.reduction import Reducer, Reduction, behind, take
 from peft_vision.layers.traits import Paced
 from peft_vision.method import Evidence, Method, Stage, check_range
@@ -210,7 +211,8 @@ class AttentionReducer(Reducer, Paced):
         sizes = None if sizes is None else sizes.gather(1, kept)
         if self.fuse:
             left = scores.scatter(1, kept, 0.0)
-            fused = left.unsqueeze(1).to(x.dtype) @ x[:, prefix:]
+            with in_full(x):
+                fused = left.unsqueeze(1).to(x.dtype) @ x[:, prefix:]
             stays = torch.cat([stays, fused], dim=1)
             kept = torch.cat([kept, left.argmax(dim=1, keepdim=True)], dim=1)
             sizes = None if sizes is None else torch.nn.functional.pad(sizes, (0, 1), value=1.0)
@@ -228,9 +230,10 @@ def attention_to(
         sizes: B P: how many patches each of the last P tokens stands for.
         by_value: times the length of each token's value, head by head, and of sum one again.
     """
-    q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in attended[1:])
+    q, k, v = (wide(t) for t in attended[1:])
     asking = q[:, :, :rows] if rows else q.mean(dim=2, keepdim=True)
-    logits = (asking @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    with in_full(q):
+        logits = (asking @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     if sizes is not None:
         logits = logits + torch.nn.functional.pad(
             sizes.log(), (k.shape[2] - sizes.shape[1], 0)

@@ -58,6 +58,7 @@ HEAVY = {
 LAZY = ("peft_vision", "peft_vision.cli")
 # A stem is also an ordinary word, and these files mean the word.
 HOMONYMS = {
+    "svd": {"peft_vision/pruners/_query_spectra.py"},  # what torch calls the computation
     "magnitude": {
         "peft_vision/data/preprocessing.py",  # the strength of RandAugment, in torchvision's words
         "peft_vision/data/settings.py",  # the same

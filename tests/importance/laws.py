@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import HeadsSite
-from peft_vision.layers.attention import keep_heads
+from peft_vision.layers.head_surgery import keep_heads
 from peft_vision.layers.surgery import weight_of
 from tests.families import HEADS, build, images
 

@@ -14,7 +14,7 @@ from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
 def pair(*, bias: bool = True) -> tuple[nn.Linear, SplitLinear]:
     torch.manual_seed(0)
     fused = nn.Linear(6, 12, bias=bias, dtype=torch.float64)
-    return fused, SplitLinear(split_outputs(fused, 3))
+    return fused, SplitLinear(split_outputs(fused, [fused.out_features // 3] * 3))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -42,13 +42,13 @@ def test_rows_and_columns_are_kept_as_of_the_fused_one() -> None:
 
 def test_it_is_empty_on_meta() -> None:
     with torch.device("meta"):
-        split = SplitLinear(split_outputs(nn.Linear(4, 6), 3))
+        split = SplitLinear(split_outputs(nn.Linear(4, 6), [2, 2, 2]))
     assert all(parameter.is_meta for parameter in split.parameters())
 
 
 def test_other_layers_are_refused() -> None:
     with pytest.raises(UnsupportedSite, match="Conv2d"):
-        split_outputs(nn.Conv2d(3, 6, 1), 3)
+        split_outputs(nn.Conv2d(3, 6, 1), [2, 2, 2])
     _, split = pair()
     split.q = nn.Sequential(split.q)
     with pytest.raises(UnsupportedSite, match="Sequential"):

@@ -320,11 +320,46 @@ def test_it_goes_with_fewer_tokens_and_rows_and_sizes() -> None:
         assert outputs[0].shape[1] == (rows or 17)
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
     gathering(model, True)
-    whole = module.branch(y)
-    assert whole.q.shape == whole.k.shape, "a reducer here may ask for every query"
-    module.whole_queries = False
+    whole = module.branch(y, whole=True)
+    assert whole.q.shape == whole.k.shape, "a reducer may ask for every query"
     assert module.branch(y).q.shape[2] == 1
     torch.testing.assert_close(module.branch(y).q, whole.q[:, :, :1], rtol=0, atol=1e-12)
+
+
+TOKENS = ("token_merging", "token_reorganization")
+
+
+@pytest.mark.parametrize("order", [TOKENS, TOKENS[::-1], TOKENS[1:]], ids="-".join)
+@pytest.mark.parametrize("family", ["timm_vit", "timm_vit_average", "timm_siglip"])
+def test_reducers_that_come_later_see_every_query(family: str, order: tuple[str, ...]) -> None:
+    settings = {
+        "token_merging": {"ratio": 0.1},
+        "token_reorganization": {"keep_rate": 0.7, "score": "received"},
+    }
+    model = routed(family, skip=0.4)
+    x = images(unwrap(model))
+    for name in order:
+        model = pv.wrap(model, name, **settings[name])
+    fast, slow = run(gathering(model, True), x), run(gathering(model, False), x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
+
+
+def test_routers_compute_in_full_under_autocast() -> None:
+    router = Router(32, 3, 1, torch.zeros(1), 1)
+    x = torch.randn(2, 5, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = router(x)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, router(x))
+
+
+@pytest.mark.parametrize("method", ["mixture_of_heads", "union_of_experts"])
+def test_a_router_that_nothing_asks_gets_a_gradient_of_zero(method: str) -> None:
+    model = pv.wrap(build("timm_vit"), "pooled_last_block")
+    model = unwrap(pv.wrap(model, method, start=0.0)).train().requires_grad_(True)
+    features(model(images(model))).square().sum().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing, "processes that train together would wait for it"
 
 
 @pytest.mark.parametrize("shape", [(17, 17), (2, 1, 17, 17), (2, 4, 17, 17), (1, 1, 1, 17)])
@@ -370,6 +405,26 @@ def test_heads_that_no_token_uses_are_removed(tmp_path: Path) -> None:
     smaller.save_pretrained(tmp_path / "m")
     again = pv.load(tmp_path / "m", base=build("timm_vit", dtype=torch.float64))
     assert torch.equal(run(again, x), run(smaller, x))
+
+
+def test_a_head_that_no_token_uses_goes_without_a_trace() -> None:
+    model = routed(choice="token", skip=0.5, shared=0.25, protect=False)
+    x = images(unwrap(model))
+    for module in modules_of(model):
+        with torch.no_grad():
+            module.router.bias[0] = -1e4
+    expected = run(model, x)
+    for module in modules_of(model):
+        module.keep_heads([1, 2, 3])
+        assert module.now() == module.routing.share == 1.0, "two of two instead of two of three"
+    torch.testing.assert_close(run(model, x), expected, rtol=0, atol=1e-10)
+
+
+def test_tokens_choose_the_best_fixed_heads_at_first() -> None:
+    model = pv.wrap(build("timm_vit"), "mixture_of_heads", choice="token", start=0.0)
+    for module in modules_of(model):
+        logits = module.router(torch.randn(2, 17, 32))
+        assert (logits == logits[0, 0]).all()
 
 
 @pytest.mark.parametrize("choice", ["head", "token"])

@@ -129,6 +129,13 @@ def test_a_mask_hides_what_the_predictor_leaves_out() -> None:
     torch.testing.assert_close(done.branch, expected, rtol=0, atol=1e-12)
 
 
+def test_a_predictor_is_as_wide_as_the_keys_where_few_tokens_are_read() -> None:
+    model = pv.wrap(build("timm_vit"), "pooled_last_block")
+    model = pv.wrap(model, "sparse_attention", mode="mask", start=0.0, warm_up=0)
+    assert [m.predictor.patches for m in modules_of(model)] == [16] * 4
+    assert run(model, images(model)).shape == (2, 5)
+
+
 def test_the_predictor_learns_the_dense_map_first() -> None:
     dense = build("timm_vit", dtype=torch.float64)
     model = sparse(mode="mask", keep=0.3, warm_up=2, beta=0.5)
