@@ -30,6 +30,7 @@ RUNS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "mixture_of_heads": ("skip", (0.25, 0.5, 0.75)),
     "path_pruning": ("share", (0.1, 0.25, 0.5)),
     "pooled_last_block": ("", (None,)),
+    "query_key": ("ratio", (0.25, 0.5, 0.75)),
     "sparse_attention": ("keep", (0.75, 0.5, 0.25)),
     "svd": ("ratio", (0.1, 0.3, 0.5, 0.7)),
     "tensor_train": ("ratio", (0.1, 0.3, 0.5, 0.7)),

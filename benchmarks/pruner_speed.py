@@ -4,6 +4,7 @@ Weights are random: the time does not depend on them. What only masks is not her
 of the dense model.
 
     python -m benchmarks.pruner_speed
+    python -m benchmarks.pruner_speed --device cuda --dtype bfloat16 --compile --output gpu.json
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "`pooled_last_block`": ("pooled_last_block", {}),
     "`token_reorganization` 0.7": ("token_reorganization", {"keep_rate": 0.7}),
     "`token_reorganization` 0.5": ("token_reorganization", {"keep_rate": 0.5}),
+    "`query_key` 0.5": ("query_key", {"ratio": 0.5}),
     "`path_pruning`, half of the paths": ("path_pruning", {"share": 0.5}),
 }
 COMPRESSED: dict[str, tuple[float, list[str]]] = {
     "`token_merging` to 0.66": (0.66, ["token_merging"]),
     "`token_merging` to 0.5": (0.5, ["token_merging"]),
     "`magnitude` to 0.5": (0.5, ["magnitude"]),
+    "`query_key,magnitude` to 0.5": (0.5, ["query_key", "magnitude"]),
     "`magnitude,token_merging` to 0.4": (0.4, ["magnitude", "token_merging"]),
 }
 
@@ -58,28 +61,40 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--output", type=Path, default=TARGET)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    all_of_them = {label: model.to(asked.device) for label, model in models().items()}
-    images = torch.randn(BATCH, 3, 224, 224, device=asked.device)
+    dtype: torch.dtype = getattr(torch, asked.dtype)
+    all_of_them = {label: model.to(asked.device, dtype) for label, model in models().items()}
+    images = torch.randn(BATCH, 3, 224, 224, device=asked.device, dtype=dtype)
+    costs = {label: pv.measure(model).flops for label, model in all_of_them.items()}
+    if asked.compile:
+        all_of_them = {label: torch.compile(model) for label, model in all_of_them.items()}
+        with torch.no_grad():
+            for model in all_of_them.values():
+                model(images)
     times = time_on(all_of_them, images, rounds=asked.rounds)
-    dense, macs = times["dense"].milliseconds, pv.measure(all_of_them["dense"]).flops
+    dense, macs = times["dense"].milliseconds, costs["dense"]
     rows = []
     for label, timing in times.items():
         ratios = [was / now for was, now in zip(dense, timing.milliseconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        share = pv.measure(all_of_them[label]).flops / macs
+        share = costs[label] / macs
         rows.append([label, f"{share:.3f}", f"{middle:.2f}x", f"{low:.2f} to {high:.2f}"])
         print(rows[-1], flush=True)
+    how = f"{asked.threads} threads" if asked.device == "cpu" else "GPU"
+    how += ", compiled" if asked.compile else ""
     content = {
         "columns": ["", "of the MACs", "speed-up, median", "quartiles"],
         "rows": rows[1:],
-        "note": f"{NAME}, float32, batch {BATCH}, {asked.threads} threads, {asked.rounds} rounds",
+        "note": f"{NAME}, {asked.dtype}, batch {BATCH}, {how}, {asked.rounds} rounds",
         "machine": platform.machine() if asked.device == "cpu" else torch.cuda.get_device_name(),
         "versions": {name: version(name) for name in ("torch", "timm")},
         "seed": 0,
     }
-    TARGET.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

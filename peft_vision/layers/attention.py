@@ -20,6 +20,7 @@ from peft_vision.layers.attention_parts import (
     head_dim,
     thirds_of,
 )
+from peft_vision.layers.fused_kernels import takes_no_mask, widened, with_bias_inside
 from peft_vision.layers.head_surgery import keep_heads, keep_queries
 
 
@@ -125,14 +126,19 @@ def attend(
 
     Args:
         key_bias: B N, added to the logits of each key: the log of how many patches it stands for.
+            A mask, but for kernels that take none: there it is one more feature.
     """
     probability = _dropout(attention, parts) if attention.training else 0.0
+    width = v.shape[-1]
+    if key_bias is not None and takes_no_mask(q):
+        q, k, v, scale = with_bias_inside(q, k, v, key_bias)
+        heads = F.scaled_dot_product_attention(q, k, v, dropout_p=probability, scale=scale)
+        return heads[..., :width]
     if key_bias is not None:
         masks["attn_mask"] = key_bias[:, None, None, :].to(q.dtype)
-    lacking = v.shape[-1] - q.shape[-1]
-    if lacking > 0 and not q.is_meta and not torch.compiler.is_exporting():
+    if q.shape[-1] < width and not q.is_meta and not torch.compiler.is_exporting():
         masks["scale"] = q.shape[-1] ** -0.5
-        q, k = F.pad(q, (0, lacking)), F.pad(k, (0, lacking))
+        q, k = widened(q, width), widened(k, width)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **masks)
 
 

@@ -63,9 +63,16 @@ class NarrowAttention(HousedAttention):
         **masks: Any,
     ) -> Attended:
         """See `branch_of`."""
-        mask = bias_of(masks.get("attn_mask"), key_bias, x)
+        mask = bias_of(masks.get("attn_mask"), None, x)
         if mask is not None and mask.shape[-2] != 1:
             mask = mask[..., :rows, :]
         return branch_of(
-            self.attention, self.parts, x, rope, rows=rows, places=self.places, attn_mask=mask
+            self.attention,
+            self.parts,
+            x,
+            rope,
+            rows=rows,
+            key_bias=key_bias,
+            places=self.places,
+            attn_mask=mask,
         )

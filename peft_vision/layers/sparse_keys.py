@@ -87,8 +87,8 @@ class SparseKeys(HousedAttention):
             kept = torch.zeros_like(k[..., 0], dtype=torch.bool).scatter(2, places, True)
             hidden = torch.zeros_like(k[..., 0]).masked_fill(~kept, -torch.inf).unsqueeze(2)
             return attend(self.attention, self.parts, q, k, v, attn_mask=_both(hidden, mask))
-        index = places.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-        k, v = k.gather(2, index), v.gather(2, index)
+        index = places.unsqueeze(-1)
+        k, v = (t.gather(2, index.expand(-1, -1, -1, t.shape[-1])) for t in (k, v))
         return attend(self.attention, self.parts, q, k, v, attn_mask=mask_keys(mask, places))
 
     def _queries(self, tokens: int) -> int:

@@ -37,8 +37,8 @@ from peft_vision.pruners._query_spectra import (
 class QueryKey(Method, FittedByBlock):
     """Remove features of queries and keys, as many in each head of a block.
 
-    Ranked over all blocks, a few features of every head of a block at a time: by the share of the
-    block's logits that goes with them (with images), or by the sizes of their weights.
+    Ranked over all blocks, a few features of every head of a block at a time: by how far logits
+    change without them (with images), or by the sizes of their weights.
     """
 
     ratio: float = 0.5
@@ -118,7 +118,8 @@ class _Ranked:
     """Features of each head of one attention module, the best first, and what goes with each place.
 
     Attributes:
-        order: H D. `lost`: share of the logits' mean square, over all heads, D, falling.
+        order: H D. `lost`: mean square of the logits that goes with it, over the heads, D, falling;
+            by weights, their share of the block's.
     """
 
     order: Tensor
@@ -153,8 +154,10 @@ def _ranked(
         order, energies = _in_order(carried, site.mates)
         if seen is not None and site.mates is None:
             energies = seen.spectrum
-        lost = energies.sum(0)
-        found.append(_Ranked(order, lost / lost.sum().clamp_min(1e-300)))
+        lost = energies.mean(0)
+        if seen is None:  # weights of one block say nothing beside those of another
+            lost = lost / lost.sum().clamp_min(1e-300)
+        found.append(_Ranked(order, lost))
     return found
 
 
