@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import nn
 
 from peft_vision.backbones import view
+from peft_vision.backbones.queries import queries_in
 from peft_vision.budget import Budget
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import Cost, measure, unwrap
 from peft_vision.errors import BudgetUnreachable
+from peft_vision.layers.attention_parts import head_dim
 from peft_vision.loading import load
 from peft_vision.plan import Plan
 
@@ -63,7 +66,18 @@ class Result:
             ("parameters", f"{self.before.params:,}", f"{after.params:,}"),
             ("bytes", f"{self.before.bytes:,}", f"{after.bytes:,}"),
             *[(kind, str(count), str(left[kind])) for kind, count in self.kinds.items()],
+            *self._compared(),
         ]
+
+    def _compared(self) -> list[tuple[str, str, str]]:
+        """A row on queries and keys, where some are narrower than values."""
+        values, left = [], []
+        for site in queries_in(view(unwrap(self.model))):
+            values.append(head_dim(site.attention, site.parts))
+            left.append(site.width)
+        if left == values:
+            return []
+        return [("query width", f"{fmean(values):g}", f"{fmean(left):g} on average")]
 
     def summary(self) -> dict[str, Any]:
         """Asked and got, as plain JSON."""

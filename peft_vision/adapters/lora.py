@@ -22,7 +22,7 @@ from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.named_parts import outputs_of
 from peft_vision.layers.recomputed import unwatch, watch
 from peft_vision.layers.split_linear import NAMES, SplitLinear, fuse, split_outputs
-from peft_vision.layers.surgery import keep_inputs, keep_outputs, weight_of
+from peft_vision.layers.surgery import keep_inputs, keep_outputs, output_tensors, weight_of
 from peft_vision.method import Adapter, Evidence, check_range
 from peft_vision.plan import Decisions
 
@@ -185,6 +185,13 @@ def _(layer: Any, indices: Sequence[int]) -> None:
     for name in layer.lora_A:
         keep_inputs(layer.lora_A[name], indices)
     layer.in_features = len(indices)
+
+
+@output_tensors.register(LoraLinear)
+def _(layer: Any) -> list[Tensor]:
+    _refuse_variants(layer)
+    parts = (layer.base_layer, *layer.lora_B.values())
+    return [tensor for part in parts for tensor in output_tensors(part)]
 
 
 @weight_of.register(LoraLinear)

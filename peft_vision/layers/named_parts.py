@@ -33,5 +33,6 @@ def inputs_of(layer: nn.Module) -> int:
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """How many features a linear gives."""
-    return int(layer.out_features)  # type: ignore[arg-type]
+    """How many features a linear, or channels a convolution, gives."""
+    width: Any = getattr(layer, "out_features", None)
+    return int(layer.out_channels if width is None else width)  # type: ignore[arg-type]

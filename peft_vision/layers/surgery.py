@@ -72,6 +72,22 @@ def weight_of(layer: nn.Module) -> Tensor:
     raise UnsupportedSite(f"There is no rule to read the weight of {type(layer).__name__}.")
 
 
+@singledispatch
+def output_tensors(layer: nn.Module) -> list[Tensor]:
+    """Tensors with a row for each output, in which the outputs are linear: weights and biases.
+
+    Raises:
+        UnsupportedSite: there is no rule for this class of layer.
+    """
+    raise UnsupportedSite(f"There is no rule to mix the outputs of {type(layer).__name__}.")
+
+
+@output_tensors.register(nn.Linear)
+def _(layer: nn.Linear) -> list[Tensor]:
+    _require_plain(layer)
+    return [layer.weight, *([] if layer.bias is None else [layer.bias])]
+
+
 @weight_of.register(nn.Linear)
 def _(layer: nn.Linear) -> Tensor:
     _require_plain(layer)

@@ -17,7 +17,8 @@ from peft_vision.backbones.queries import QueriesSite
 from peft_vision.calibration import Walk
 from peft_vision.layers.attention import project
 from peft_vision.layers.named_parts import part_of
-from peft_vision.layers.surgery import weight_of
+from peft_vision.layers.split_linear import SplitLinear
+from peft_vision.layers.surgery import output_tensors, weight_of
 
 
 @dataclass(frozen=True)
@@ -89,70 +90,65 @@ def _inverse(root: Tensor) -> Tensor:
     return inverse
 
 
+Held = tuple[Tensor, int]
+"""What has a row for each feature, and where the first one is."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The weights and biases that make queries and keys: H D C and H D; None for no bias."""
+    """Everything that makes queries, and keys, linearly: tensors of H D x anything, in float64."""
 
-    q: Tensor
-    k: Tensor
-    q_bias: Tensor | None
-    k_bias: Tensor | None
+    q: list[Tensor]
+    k: list[Tensor]
 
     def turned(self, a: Tensor, b: Tensor) -> Rows:
         """The same through A and B (H n D)."""
-        biases = [
-            None if bias is None else (side @ bias[..., None]).squeeze(-1)
-            for side, bias in ((a, self.q_bias), (b, self.k_bias))
-        ]
-        return Rows(a @ self.q, b @ self.k, biases[0], biases[1])
+        return Rows([_through(a, t) for t in self.q], [_through(b, t) for t in self.k])
 
 
-def rows_of(site: QueriesSite) -> Rows | None:
-    """In float64; None where a layer is no plain linear, whose rows could be set."""
-    held = _held(site)
-    if held is None:
-        return None
-    values = [None if t is None else _by_head(t[rows], site.count) for t, rows in held]
-    q, k, q_bias, k_bias = values
-    if q is None or k is None:
-        raise AssertionError("a linear has a weight")
-    return Rows(q, k, q_bias, k_bias)
+def _through(side: Tensor, rows: Tensor) -> Tensor:
+    by_head = rows.reshape(len(side), side.shape[2], -1)
+    return (side @ by_head).reshape(-1, *rows.shape[1:])
 
 
-def _by_head(rows: Tensor, count: int) -> Tensor:
-    return rows.detach().double().cpu().reshape(count, -1, *rows.shape[1:])
+def rows_of(site: QueriesSite) -> Rows:
+    """What there is now.
+
+    Raises:
+        UnsupportedSite: a layer has no rule.
+    """
+    size = site.count * site.width
+    q, k = (
+        [tensor.detach()[start : start + size].double().cpu() for tensor, start in held]
+        for held in _held(site)
+    )
+    return Rows(q, k)
 
 
 @torch.no_grad()
 def set_rows(site: QueriesSite, rows: Rows) -> None:
     """Put rows where `rows_of` reads them."""
-    held = _held(site)
-    if held is None:
-        raise AssertionError("rows were read from there")
-    for (tensor, where), value in zip(
-        held, (rows.q, rows.k, rows.q_bias, rows.k_bias), strict=True
-    ):
-        if tensor is not None and value is not None:
-            tensor[where] = value.flatten(0, 1).to(tensor)
+    for held, values in zip(_held(site), (rows.q, rows.k), strict=True):
+        for (tensor, start), value in zip(held, values, strict=True):
+            tensor[start : start + len(value)] = value.to(tensor)
 
 
-def _held(site: QueriesSite) -> list[tuple[Tensor | None, slice]] | None:
-    """Weights and biases of queries and keys, and their rows there."""
+def _held(site: QueriesSite) -> tuple[list[Held], list[Held]]:
     attention, parts = site.attention, site.parts
-    layers: list[nn.Linear] = [part_of(attention, name) for name in parts.qkv]
-    if any(type(layer) is not nn.Linear for layer in layers[:2]):
-        return None
-    size = site.count * site.width
-    fused = len(layers) == 1
-    places = [slice(0, size), slice(size, 2 * size) if fused else slice(0, size)]
-    both = [layers[0], layers[0] if fused else layers[1]]
-    beside = [getattr(attention, name) for name in (parts.biases or ())[:2]]
-    held: list[tuple[Tensor | None, slice]] = []
-    held += [(layer.weight, where) for layer, where in zip(both, places, strict=True)]
-    if beside and beside[0] is not None:
-        return [*held, *((bias, slice(0, size)) for bias in beside)]
-    held += [(layer.bias, where) for layer, where in zip(both, places, strict=True)]
-    return held
+    layers: list[nn.Module] = [part_of(attention, name) for name in parts.qkv]
+    first, second, start = layers[0], layers[-1], 0
+    if isinstance(first, SplitLinear):
+        first, second = first.q, first.k
+    elif len(layers) == 1:
+        start = site.count * site.width
+    else:
+        second = layers[1]
+    q = [(tensor, 0) for tensor in output_tensors(first)]
+    k = [(tensor, start) for tensor in output_tensors(second)]
+    for held, name in zip((q, k), parts.biases or (), strict=False):
+        if getattr(attention, name) is not None:
+            held.append((getattr(attention, name), 0))
+    return q, k
 
 
 def weight_energies(site: QueriesSite) -> Tensor:

@@ -103,14 +103,19 @@ class QueryKey(Method, FittedByBlock):
             sites[key].keep(_unpacked(decision))
 
     def apply_at(self, backbone: Backbone, decisions: Decisions, walk: Walk) -> None:
-        """Cut, and turn the best directions on these images into the features that stay."""
+        """Cut, and turn the best directions on these images into the features that stay.
+
+        Raises:
+            UnsupportedSite: as `apply`, or the outputs of a layer cannot be mixed.
+        """
         for key in decisions:
             site = next(site for site in queries_in(backbone) if site.key == key)
-            rows = None if site.mates is not None else rows_of(site)
-            seen = None if rows is None else moments_of(walk, site)
+            if site.mates is not None:  # what is rotated cannot be turned into something else
+                self.apply(backbone, {key: decisions[key]})
+                continue
+            rows, seen = rows_of(site), moments_of(walk, site)
             self.apply(backbone, {key: decisions[key]})
-            if rows is not None and seen is not None:
-                set_rows(site, rows.turned(*seen.best(site.width)))
+            set_rows(site, rows.turned(*seen.best(site.width)))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,19 @@ def test_logits_that_live_in_few_directions_need_no_more(family: str) -> None:
     assert (run(blind, x) - run(model, x)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("family", ["timm_vit", "hf_vit"])
+def test_directions_are_found_below_an_adapter_too(family: str, split: bool) -> None:
+    model = in_few_directions(build(family, dtype=F64), 4)
+    x = images(model)
+    adapted = pv.wrap(model, "lora", r=2, split_qkv=split, targets=["k", "v", "out"])
+    adapted = moved(adapted).double()
+    before = run(adapted, x)
+    smaller = narrow(adapted, ratio=1.0, multiple=4, least=4, data=[images(model, 8)])
+    assert {s.width for s in sites_of(smaller)} == {4}
+    assert (run(smaller, x) - before).abs().max() < 1e-7
+
+
 def product(a: Tensor, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """Mean square of what logits lack, if queries and keys met by chance."""
     lack = torch.eye(q.shape[-1], dtype=F64) - a.mT @ b
@@ -240,7 +253,11 @@ def test_a_budget_may_be_spent_on_both_at_once() -> None:
     )
     assert 0.98 * 0.7 < result.ratio <= 0.7
     assert [s.method for s in result.plan.steps][-2:] == ["query_key", "magnitude"]
-    assert {s.width for s in sites_of(result.model)} != {8}
+    widths = [s.width for s in sites_of(result.model)]
+    assert set(widths) != {8}
+    assert ("query width", "8", f"{sum(widths) / 4:g} on average") in result.table()
+    alone = pv.compress(model, target_flops=0.7, methods=make("magnitude", {"multiple": 1}))
+    assert "query width" not in str(alone)
 
 
 @pytest.mark.parametrize("split", [False, True])
