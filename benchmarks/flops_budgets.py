@@ -65,8 +65,7 @@ def closed_form(backbone: Backbone) -> int:
     for heads, hidden in zip(backbone.heads, backbone.hidden, strict=True):
         n = patches + tokens.prefix
         a = heads.count * int(getattr(heads.attention, heads.parts.head_dim))
-        last = trunk is not None and heads.block == len(backbone.blocks) - 1
-        rows = trunk.pooled if last and trunk is not None and trunk.pooled else n
+        rows = (trunk and trunk.rows_of(heads.block)) or n
         total += 2 * (n + rows) * d * a + 2 * rows * n * a
         reducer = dict(trunk.reducers.items()).get(str(heads.block)) if trunk else None
         if reducer is not None and rows == n:

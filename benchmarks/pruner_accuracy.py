@@ -119,7 +119,15 @@ def taught(
         evaluate_every=100_000,
     )
     mirrored = Augmentation(flip=0.5, crop=1.0)
-    recover(model, pv.merge(dense), part, settings=settings, seed=seed, augmentation=mirrored)
+    recover(
+        model,
+        pv.merge(dense),
+        part,
+        settings=settings,
+        seed=seed,
+        augmentation=mirrored,
+        keep_better=False,  # what the same training does to all of them
+    )
     return accuracy(model, pixels, labels)
 
 
@@ -199,7 +207,10 @@ def write(cells: list[dict[str, Any]], target: Path, seeds: int) -> None:
         "brackets; without, one seed): top-1 in %, training-free (with "
         f"{CALIBRATED} unlabeled images, `path_pruning` 128) / after {EPOCHS} epoch "
         f"({TRAINED // 32} steps) on {TRAINED} images with distillation; "
-        "out of reach: the method alone cannot go there on this model; a dash: not run",
+        "out of reach: the method alone cannot go there on this model; a dash: not run. What the "
+        "same recovery does to the dense model stands in its row: it is for models that are "
+        "damaged, and by default `recover` keeps the weights of before where training lowers no "
+        "loss",
         "machine": platform.machine(),
         "seed": list(range(seeds)),
         "versions": {name: version(name) for name in ("torch", "timm")},

@@ -1,9 +1,9 @@
 """Time routed heads, routed experts and sparse keys against the dense layer, and write a JSON file.
 
-One layer alone, in float32 on the CPU, in evaluation mode. All variants of a case take turns in
-one process; ratios are taken round by round, of the time on the clock and of the time that the
-process had a core (the same on a quiet machine). Masked variants compute everything and are there
-to be seen for what they cost.
+One layer alone, in float32 on the CPU, in evaluation mode. Each variant takes turns with the dense
+layer in one process; ratios are taken round by round, of the time on the clock and of the time that
+the process had a core (the same on a quiet machine). Masked variants compute everything and are
+there to be seen for what they cost.
 
     python -m benchmarks.routed_attention [threads]
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import sys
 import time
@@ -29,7 +30,9 @@ import peft_vision as pv
 from peft_vision.backbones import view
 from peft_vision.cost import unwrap
 
-ROUNDS, WARM_UP = 9, 2
+ROUNDS, WARM_UP = 15, 3
+STEADY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
+"""Memory that a layer frees stays with the process: which layer gets the cold pages is luck."""
 WIDTHS = {"ViT-S": (384, 6), "ViT-B": (768, 12)}
 SIZES = {197: (224, 16), 577: (384, 8)}
 HALF = {"shared": 1 / 3, "skip": 0.75, "start": 0.0}
@@ -106,34 +109,33 @@ def model_variants(dense: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+Spent = tuple[float, float]
+"""Seconds on the clock, and seconds of a core."""
+
+
 @torch.no_grad()
-def turns(variants: Mapping[str, nn.Module], x: Tensor) -> dict[str, list[tuple[float, float]]]:
-    """Name -> (seconds on the clock, seconds of a core) per round, all taking turns."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for number in range(WARM_UP + ROUNDS):
-        for name, module in variants.items():
+def turns(dense: nn.Module, other: nn.Module, x: Tensor) -> list[tuple[Spent, Spent]]:
+    """What both took, round by round, taking turns."""
+    times: list[list[Spent]] = [[], []]
+    for _ in range(WARM_UP + ROUNDS):
+        for taken, module in zip(times, (dense, other), strict=True):
             clock, core = time.perf_counter(), time.process_time()
             module.eval()(x)
-            if number >= WARM_UP:
-                spent = (time.perf_counter() - clock, time.process_time() - core)
-                times[name].append(spent)
-    return times
+            taken.append((time.perf_counter() - clock, time.process_time() - core))
+    return list(zip(*times, strict=True))[WARM_UP:]
 
 
 def ratios(variants: Mapping[str, nn.Module], x: Tensor) -> list[dict[str, Any]]:
     """One row per variant: its time over the dense one's, median and quartiles over the rounds."""
-    times = turns(variants, x)
     rows = []
-    for name, spent in times.items():
+    for name, module in variants.items():
+        times = turns(variants["dense"], module, x)
         row: dict[str, Any] = {"variant": name}
         for place, kind in enumerate(("clock", "core")):
-            pairs = zip(spent, times["dense"], strict=True)
-            low, middle, high = quantiles(
-                [mine[place] / dense[place] for mine, dense in pairs], n=4
-            )
+            low, middle, high = quantiles([mine[place] / was[place] for was, mine in times], n=4)
             row[kind] = round(middle, 3)
             row[f"{kind}_quartiles"] = [round(low, 3), round(high, 3)]
-        rows.append({**row, "core_ms": round(1e3 * median(core for _, core in spent), 2)})
+        rows.append({**row, "core_ms": round(1e3 * median(mine[1] for _, mine in times), 2)})
     return rows
 
 
@@ -155,6 +157,9 @@ def case(layer: str, name: str, tokens: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Write the figures beside this file."""
+    if os.environ.keys().isdisjoint(STEADY):
+        here = [sys.executable, "-m", "benchmarks.routed_attention", *sys.argv[1:]]
+        os.execve(sys.executable, here, {**os.environ, **STEADY})
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     torch.set_num_threads(threads)
     cases = [("attention", name, tokens) for tokens in SIZES for name in WIDTHS]
@@ -170,8 +175,8 @@ def main() -> None:
         "rounds": ROUNDS,
         "seed": 0,
         "versions": {p: version(p) for p in ("torch", "timm")},
-        "note": "Times over the dense layer's in the same round. Other work ran on the machine; "
-        "the ratio of core time is the steadier one.",
+        "note": "Times over the dense layer's in the same round, with quartiles. Freed memory "
+        "stays with the process.",
         "rows": rows,
     }
     target = Path(__file__).with_suffix(".json")

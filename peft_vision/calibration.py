@@ -1,7 +1,7 @@
 """Calibration images on their way through a model, block by block, and what they tell of a layer.
 
 No labels are needed. Sums are kept in float64, for they are inverted later; the products of one
-batch are taken in the images' own precision, float32 at least.
+batch are taken in the images' own precision, float32 at least, without what all have in common.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite, device_of
 from peft_vision.cost import run_images
 from peft_vision.errors import BadSetting
+from peft_vision.layers.bottleneck import inside
+from peft_vision.layers.ownership import plain_of
 from peft_vision.layers.showing import images_of
 from peft_vision.layers.trunk import Stream, Trunk, blocks_in
 
@@ -32,44 +34,87 @@ Note = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass
+class Center:
+    """Count and mean of vectors, as sums of what sets them apart from the first ones' mean.
+
+    Of values that lie far from zero and vary little, products in float32 are nearly all mean: what
+    they vary by is lost in the rounding. So the first batch's mean is taken off before.
+
+    Attributes:
+        count: vectors seen. `shift`: what is taken off, F. `total`: sum of what is left, F.
+    """
+
+    count: int
+    shift: Tensor
+    total: Tensor
+
+    @classmethod
+    def of_width(cls, width: int) -> Center:
+        """Nothing seen yet."""
+        return cls(0, *torch.zeros(2, width, dtype=torch.float64))
+
+    def take(self, values: Tensor) -> Tensor:
+        """Take in vectors, ... F; what is left of them without the shift, M F."""
+        flat = rows_of(values)
+        if self.count == 0 and len(flat) > 0:
+            self.shift = flat.mean(0).float().double().cpu()  # the same in either precision
+        left = flat - self.shift.to(flat)
+        self.count += len(flat)
+        self.total += left.sum(0, dtype=torch.float64).cpu()
+        return left
+
+    @property
+    def offset(self) -> Tensor:
+        """How far the mean is from the shift, F."""
+        return self.total / self.count
+
+    @property
+    def mean(self) -> Tensor:
+        """F."""
+        return self.shift + self.offset
+
+
+@dataclass
 class Moments:
     """Count, mean and covariance of vectors of width F, gathered batch by batch.
 
     Attributes:
-        count: vectors seen. `total`: their sum, F. `square`: sum of their outer products, F F.
+        center: their count and mean. `square`: sum of outer products about its shift, F F.
     """
 
-    count: int
-    total: Tensor
+    center: Center
     square: Tensor
 
     @classmethod
     def of_width(cls, width: int) -> Moments:
         """Nothing seen yet."""
-        zero = torch.zeros(width, dtype=torch.float64)
-        return cls(0, zero, torch.zeros(width, width, dtype=torch.float64))
+        return cls(Center.of_width(width), torch.zeros(width, width, dtype=torch.float64))
 
-    def add(self, values: Tensor) -> None:
-        """Take in vectors: ... F."""
-        flat = rows_of(values)
-        self.count += flat.shape[0]
-        self.total += flat.sum(0, dtype=torch.float64).cpu()
-        self.square += (flat.t() @ flat).double().cpu()
+    def add(self, values: Tensor) -> Tensor:
+        """Take in vectors, ... F; what was multiplied, M F."""
+        left = self.center.take(values)
+        self.square += (left.t() @ left).double().cpu()
+        return left
+
+    @property
+    def count(self) -> int:
+        """Vectors seen."""
+        return self.center.count
 
     @property
     def mean(self) -> Tensor:
         """F."""
-        return self.total / self.count
+        return self.center.mean
 
     @property
     def second(self) -> Tensor:
         """Mean outer product, F F."""
-        return self.square / self.count
+        return self.covariance + torch.outer(self.mean, self.mean)
 
     @property
     def covariance(self) -> Tensor:
         """F F."""
-        return self.second - torch.outer(self.mean, self.mean)
+        return self.square / self.count - torch.outer(self.center.offset, self.center.offset)
 
 
 def rows_of(values: Tensor) -> Tensor:
@@ -179,14 +224,33 @@ class FittedByBlock(ABC):
 
 
 def consumer_of(site: HeadsSite | HiddenSite | QueriesSite) -> nn.Module:
-    """The linear that reads the members of a site, or what comes of them."""
+    """The linear that reads the members of a site, or what comes of them; with its adapters.
+
+    Without a bottleneck behind it, which bends what it gives.
+    """
     owner, name = (
         (site.mlp, site.parts.down)
         if isinstance(site, HiddenSite)
         else (site.attention, site.parts.out)
     )
-    found: nn.Module = getattr(owner, name)
-    return found
+    return inside(getattr(owner, name))
+
+
+def lacks_bias(site: HeadsSite | HiddenSite | QueriesSite) -> bool:
+    """Whether the linear that reads a site's members could be fitted, and has no bias for it."""
+    layer = plain_of(consumer_of(site))
+    return type(layer) is nn.Linear and layer.weight.is_floating_point() and layer.bias is None
+
+
+def give_bias(site: HeadsSite | HiddenSite | QueriesSite) -> None:
+    """A bias of zero to the linear that reads a site's members, where it has none, in place.
+
+    It is structure: what a method decides says so, for a plan that is replayed needs it, too.
+    """
+    if lacks_bias(site):
+        layer: Any = plain_of(consumer_of(site))
+        zero = torch.zeros_like(layer.weight[:, 0])
+        layer.bias = nn.Parameter(zero, requires_grad=layer.weight.requires_grad)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ Where heads or hidden units leave a block, the linear that reads them is fitted 
 form, on calibration images (CORP; SparseGPT and others do the same for single weights). Blocks are
 done from first to last on the prefix that is already pruned. Where units are kept for some tokens
 only, the router that sends them is fitted first. In the end batch norms take their
-statistics again. Only the values of weights change; nothing of it is in the plan.
+statistics again. Only the values of weights change; nothing of it is in the plan, but for a bias
+where there was none, which a method decides.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +23,21 @@ from peft_vision.applying import in_order
 from peft_vision.backbones import view
 from peft_vision.backbones.queries import QueriesSite, queries_in
 from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
-from peft_vision.calibration import FittedByBlock, Moments, Walk, consumer_of, noting, rows_of
+from peft_vision.calibration import (
+    Center,
+    FittedByBlock,
+    Moments,
+    Walk,
+    consumer_of,
+    noting,
+    rows_of,
+)
 from peft_vision.decomposers._outputs import ByOutputs
 from peft_vision.errors import BadSetting
 from peft_vision.layers.absent import Absent
 from peft_vision.layers.batch_statistics import batch_norms, estimate_again
 from peft_vision.layers.linear_mlp import LinearMlp
+from peft_vision.layers.ownership import plain_of
 from peft_vision.layers.showing import show
 from peft_vision.layers.traits import Routing, masking, teaching
 from peft_vision.layers.votes import Half
@@ -58,27 +69,37 @@ class Compensation:
 
 @dataclass
 class _Fit:
-    """Sums of what a linear reads now (x, B N F) and of what its output lacks (r, B N D)."""
+    """What a linear reads now (x, B N F) and what its output lacks (r, B N D).
+
+    Attributes:
+        cross: sum of outer products of r and x about their shifts, D F. `power`: sum of r squared.
+    """
 
     moments: Moments
-    lack: Tensor
+    lack: Center
     cross: Tensor
+    power: float = 0.0
+
+    @classmethod
+    def of(cls, outputs: int, inputs: int) -> _Fit:
+        """Nothing seen yet."""
+        cross = torch.zeros(outputs, inputs, dtype=torch.float64)
+        return cls(Moments.of_width(inputs), Center.of_width(outputs), cross)
 
     def add(self, x: Tensor, r: Tensor) -> None:
-        lacking = rows_of(r)
-        self.moments.add(x)
-        self.lack += lacking.sum(0, dtype=torch.float64).cpu()
-        self.cross += (lacking.t() @ rows_of(x)).double().cpu()
+        read, lacking = self.moments.add(x), self.lack.take(r)
+        self.cross += (lacking.t() @ read).double().cpu()
+        self.power += float(rows_of(r).square().sum(dtype=torch.float64))
 
     def solve(self, ridge: float | None, *, centered: bool) -> tuple[Tensor, Tensor]:
         """The correction of the weight (D F), and of the bias (D)."""
-        seen = self.moments
-        mean, lack = seen.mean, self.lack / seen.count
+        seen, mean, lack = self.moments, self.moments.mean, self.lack.mean
         if ridge is None:
             return torch.zeros_like(self.cross), lack
-        spread, both = seen.second, self.cross / seen.count
-        if centered:
-            spread, both = seen.covariance, both - torch.outer(lack, mean)
+        spread = seen.covariance
+        both = self.cross / seen.count - torch.outer(self.lack.offset, seen.center.offset)
+        if not centered:
+            spread, both = seen.second, both + torch.outer(lack, mean)
         scale = spread.diagonal().mean().clamp_min(1e-30)
         eye = torch.eye(len(mean), dtype=torch.float64)
         weight = torch.linalg.solve(spread + ridge * scale * eye, both.t()).t()
@@ -107,12 +128,13 @@ def apply_compensated(
     Raises:
         UnsupportedSite: as `Method.apply`.
     """
+    unfitted: list[str] = []
 
     def carry_out(method: Method, decided: Decisions) -> None:
         backbone = view(model)
         per_block = _by_block(backbone, decided) if how.how != "none" and backbone.tokens else {}
         if per_block:
-            _walk(model, method, decided, per_block, Walk(backbone, batches), how)
+            unfitted.extend(_walk(model, method, decided, per_block, Walk(backbone, batches), how))
         done = {key for keys in per_block.values() for key in keys}
         rest = {key: value for key, value in decided.items() if key not in done}
         if rest and how.how != "none" and isinstance(method, ByOutputs):
@@ -121,6 +143,9 @@ def apply_compensated(
             method.apply(view(model), rest)
 
     carried_out = in_order(model, methods, decisions, carry_out)
+    if unfitted:
+        said = "Not fitted again on the images, so that more is lost there: %s."
+        logging.getLogger("peft_vision").warning(said, "; ".join(unfitted))
     if how.how != "none" and any(carried_out) and batch_norms(model):
         estimate_again(model, partial(show, model, batches))
     return carried_out
@@ -147,8 +172,9 @@ def _walk(
     per_block: dict[int, list[str]],
     walk: Walk,
     how: Compensation,
-) -> None:
-    last = max(per_block)
+) -> list[str]:
+    """Carry decisions out block by block, each fitted on the way; what could not be, and why."""
+    last, unfitted = max(per_block), []
     for index in range(last + 1):
         for key in per_block.get(index, ()):
             one = {key: decided[key]}
@@ -170,9 +196,10 @@ def _walk(
                 if routing is not None and before is None:  # what was taught before stays
                     with teaching(routing, how.ridge):
                         _run(walk, again, seen)
-                _fit(walk, again, seen, how)
+                unfitted.append(_fit(walk, again, seen, how))
         if index < last:
             walk.advance()
+    return [why for why in unfitted if why]
 
 
 @dataclass
@@ -265,31 +292,48 @@ def _routing(site: Member) -> Routing | None:
     return next((module for module in around if isinstance(module, Routing)), None)
 
 
-def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> None:
-    """Correct a plain linear so that it gives what it gave before, as far as it can."""
+def _fit(walk: Walk, site: Member, seen: _Seen, how: Compensation) -> str:
+    """Correct a linear, below its adapters, so that it gives what it gave before, as far as it can.
+
+    Returns:
+        Why that cannot be; empty where it could.
+    """
     layer = consumer_of(site)
-    if type(layer) is not nn.Linear:
-        return
-    weight, bias = layer.weight, layer.bias
-    shape = (weight.shape[0], weight.shape[1])
-    sums = _Fit(
-        Moments.of_width(shape[1]),
-        torch.zeros(shape[0], dtype=torch.float64),
-        torch.zeros(shape, dtype=torch.float64),
-    )
-    left = iter(seen.wanted)
-
-    def note(_: int, x: Tensor, out: Tensor) -> None:
-        wanted = next(left)  # of the first tokens alone, where the others are not read
-        sums.add(x[:, : wanted.shape[1]], wanted - out[:, : wanted.shape[1]])
-
-    with noting([layer], note), masking(_routing(site)):
-        _run(walk, site, seen)
-    if sums.moments.count == 0 or (how.how == "mean" and bias is None):
-        return
+    plain = plain_of(layer)
+    if type(plain) is not nn.Linear or not plain.weight.is_floating_point():
+        return f"{site.key}: a {type(plain).__name__} reads it"
+    if how.how == "mean" and plain.bias is None:
+        return f"{site.key}: the linear that reads it has no bias that could take a mean"
+    found = _lacking(walk, site, seen, plain)
+    if found.moments.count == 0:
+        return ""
     ridge = how.ridge if how.how == "ridge" else None
-    more, shift = sums.solve(ridge, centered=bias is not None)
+    more, shift = found.solve(ridge, centered=plain.bias is not None)
     with torch.no_grad():
-        weight.add_(more.to(weight))
-        if bias is not None:
-            bias.add_(shift.to(bias))
+        before = [p.clone() for p in plain.parameters()]
+        plain.weight.add_(more.to(plain.weight))
+        if plain.bias is not None:
+            plain.bias.add_(shift.to(plain.bias))
+        # What stands around it may turn the correction into something else.
+        if plain is layer or _lacking(walk, site, seen, plain).power <= 1.01 * found.power:
+            return ""
+        for parameter, value in zip(plain.parameters(), before, strict=True):
+            parameter.copy_(value)
+    return f"{site.key}: what its {type(layer).__name__} gives is no sum with what its base gives"
+
+
+def _lacking(walk: Walk, site: Member, seen: _Seen, plain: nn.Linear) -> _Fit:
+    """What a plain linear reads, and what is lacking behind whatever stands around it."""
+    sums = _Fit.of(*plain.weight.shape)
+    wanted, read = iter(seen.wanted), []
+
+    def note(number: int, x: Tensor, out: Tensor) -> None:
+        if number == 0:
+            read.append(x)
+            return
+        want = next(wanted)  # of the first tokens alone, where the others are not read
+        sums.add(read.pop()[:, : want.shape[1]], want - out[:, : want.shape[1]])
+
+    with noting([plain, consumer_of(site)], note), masking(_routing(site)):
+        _run(walk, site, seen)
+    return sums

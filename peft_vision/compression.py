@@ -30,10 +30,11 @@ from peft_vision.errors import (
     UnsupportedSite,
 )
 from peft_vision.history import History, fingerprint
+from peft_vision.importance import as_evidence
 from peft_vision.layers.showing import images_of
-from peft_vision.mask_training import prepare
+from peft_vision.mask_training import prepare_all
 from peft_vision.merging import merge
-from peft_vision.method import Evidence, Method, Trained, name_of
+from peft_vision.method import Evidence, Method, Stage, Trained, name_of
 from peft_vision.mixing import Mix, best_mix, divergence
 from peft_vision.plan import Decisions, Step
 from peft_vision.pricing import Pricing
@@ -67,8 +68,8 @@ def compress(
             "factors" where the first cannot act or does not reach the budget, which a note then
             says. Methods that cost no accuracy (preset "exact") are applied first in any case.
         data: what methods decide by, and what the layers that are left are fitted again on: a
-            folder of images (512 are drawn; labels are not needed), or batches of images B 3 H W or
-            of (images, labels).
+            folder of images (512 are drawn, more to train what is trained; labels are optional), or
+            batches of images B 3 H W or of (images, labels).
         compensate: with data, how what stays takes over what went: "ridge", "mean" or "none".
         trials: with data and several methods, how many divisions of the budget among them are
             tried; 1 gives each the same strength.
@@ -130,18 +131,17 @@ def _compressed(
     budget, size = asked.budget, asked.image_size
     base, history = _without_adapters(asked.model)
     batches = None if asked.data is None else _held(asked.data, base, history)
-    chosen = choose(base, methods, budget.quantity, Evidence(batches), explicit=explicit)
+    evidence = Evidence(batches, heads=as_evidence, fits=asked.how.how != "none")
+    chosen = choose(base, methods, budget.quantity, evidence, explicit=explicit)
     before = measure(base, size)
     history.before = history.before or before.to_json()
     history.fingerprint = history.fingerprint or fingerprint(base)
     pricing = Pricing(base, chosen.methods, budget.quantity, size, asked.batch_size)
-    share = budget.limit(pricing.base_cost(before)) / pricing.base_cost(before)
-    base = _with_training(base, chosen, asked.data, min(1.0, share), size)
-    pricing = Pricing(base, chosen.methods, budget.quantity, size, asked.batch_size)
     job = _Job(base, chosen, pricing, budget, before, batches, asked.how)
+    job, history = _with_training(job, asked.data, history, size)
     training = base.training
     try:
-        base.eval()
+        job.base.eval()
         built = _spend(job, asked.trials)
     finally:
         base.train(training)
@@ -163,29 +163,31 @@ def _compressed(
 
 
 def _with_training(
-    base: nn.Module,
-    chosen: Chosen,
-    data: Any,
-    target: float,
-    image_size: tuple[int, int] | int | None,
-) -> nn.Module:
-    """The model with what methods learned folded into it; they find the rest in their evidence."""
-    trained = [i for i in chosen.spending if isinstance(chosen.methods[i], Trained)]
-    if not trained:
-        return base
-    base = copy.deepcopy(base)
-    for place in trained:
-        method, batches = chosen.methods[place], chosen.evidence[place].batches
-        if batches is None or not isinstance(method, Trained):
-            raise BadSetting(
-                f"{name_of(method)} is trained before it decides, and no images were given: pass "
-                "data=, a folder or batches."
-            )
-        share = target ** (1 / len(chosen.spending))
-        learned = prepare(base, method, batches, share, image_size=image_size)
-        chosen.evidence[place] = replace(chosen.evidence[place], learned=learned, memory={})
-        chosen.notes.extend(learned.get("notes", ()) if isinstance(learned, dict) else ())
-    return base
+    job: _Job, data: Any, history: History, image_size: tuple[int, int] | int | None
+) -> tuple[_Job, History]:
+    """The job on a copy with what methods learned folded into it; they have the rest as evidence.
+
+    Exact steps that are not enough are done in the copy first: methods learn to save the rest.
+    """
+    if not any(isinstance(method, Trained) for method in job.chosen.methods):
+        return job, history
+    base, methods = copy.deepcopy(job.base), job.chosen.methods
+    exact = [
+        method.decide(view(base), 1.0, evidence) if method.stage == Stage.EXACT else {}
+        for method, evidence in zip(methods, job.chosen.evidence, strict=True)
+    ]
+    cost = job.pricing(exact)
+    if any(exact) and cost > job.limit:
+        history = history.then(*_steps(methods, 1.0, apply_all(base, methods, exact)))
+        job = job.without_exact()
+    elif any(exact):
+        cost = job.pricing([{} for _ in methods])
+    source = data if isinstance(data, str | Path) else job.batches
+    share = min(1.0, job.limit / cost)
+    prepare_all(base, job.chosen, source, share, image_size=image_size, history=history)
+    own = (job.pricing.quantity, image_size, job.pricing.batch_size)
+    pricing = Pricing(base, job.chosen.methods, *own)
+    return replace(job, base=base, pricing=pricing), history
 
 
 def _held(data: Any, base: nn.Module, history: History) -> list[Any]:
@@ -328,13 +330,18 @@ def _build(job: _Job, found: Found) -> _Built:
             done = apply_all(smaller, methods, found.decisions)
         else:
             done = apply_compensated(smaller, methods, found.decisions, job.batches, job.how)
-    steps = [
-        Step(name_of(method), method.settings(), found.strength, decisions)
+    steps = _steps(methods, found.strength, done)
+    cost = measure(smaller, job.pricing.size[1:])
+    return _Built(job, smaller, steps, found, cost, job.pricing.again(smaller, cost))
+
+
+def _steps(methods: list[Method], strength: float, done: list[Decisions]) -> list[Step]:
+    """What a plan says of decisions that were carried out."""
+    return [
+        Step(name_of(method), method.settings(), strength, decisions)
         for method, decisions in zip(methods, done, strict=True)
         if decisions
     ]
-    cost = measure(smaller, job.pricing.size[1:])
-    return _Built(job, smaller, steps, found, cost, job.pricing.again(smaller, cost))
 
 
 def _decider(job: _Job) -> Any:

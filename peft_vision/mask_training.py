@@ -7,34 +7,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.data import Dataset
+from torch import nn
 
 from peft_vision.backbones import view
+from peft_vision.backbones.sites import device_of
 from peft_vision.budget import parse_one
+from peft_vision.choosing import Chosen
 from peft_vision.compressed import CompressedModel
 from peft_vision.cost import input_size, measure, unwrap
 from peft_vision.data import preprocessing
-from peft_vision.data.image_set import ImageSet, TensorSet
-from peft_vision.data.images import limited
-from peft_vision.data.settings import Augmentation
-from peft_vision.data.source import Split
-from peft_vision.errors import BadSetting, BudgetUnreachable, DataError, UnsupportedBackbone
+from peft_vision.data.material import Material, Wanted, opened
+from peft_vision.errors import BadSetting, BudgetUnreachable
 from peft_vision.history import History
 from peft_vision.layers.gate_control import controller_in
 from peft_vision.merging import merge
-from peft_vision.method import Evidence, Trained, make
+from peft_vision.method import Evidence, Trained, make, name_of
 from peft_vision.plan import Decisions, Plan, Step
 from peft_vision.pricing import Pricing
 from peft_vision.search import meets, search
-from peft_vision.tasks.classification import logits_of
-from peft_vision.tasks.task import Batch, Task
+from peft_vision.tasks.imitation import Imitation
 from peft_vision.training.fit import fit
 from peft_vision.training.settings import TrainSettings
 from peft_vision.wrapping import is_adapted
@@ -43,71 +38,36 @@ STEPS = 400
 """Of a method that does not say how many it plans with."""
 
 
-@dataclass(frozen=True)
-class Imitation(Task):
-    """Give what the dense model gives: its softened logits, or its features where it has no head.
+def prepare_all(
+    model: nn.Module,
+    chosen: Chosen,
+    data: Any,
+    target: float,
+    *,
+    image_size: tuple[int, int] | int | None,
+    history: History,
+) -> None:
+    """Have every method trained that is to be, in place; what it learned is in its evidence then.
 
-    Attributes:
-        weight: of the teacher's term, in [0, 1]; the labels' term gets the rest.
-        temperature: softens both distributions, above 0.
-        classifies: outputs are logits.
-        teacher: the dense model, frozen.
+    Args:
+        target: share of the model's cost that is to be left by all methods together, in (0, 1].
+
+    Raises:
+        BadSetting: no images were given. The rest: see `prepare`.
     """
-
-    weight: float = 1.0
-    temperature: float = 2.0
-    classifies: bool = True
-    teacher: nn.Module | None = None
-
-    def losses(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The divergence from the teacher and, with a weight below 1, cross entropy."""
-        if self.teacher is None:
-            raise AssertionError("fit() gives the teacher")
-        given = self._read(model(batch["pixel_values"]))
-        with torch.no_grad():
-            taught = self._read(self.teacher(batch["pixel_values"]))
-        if not self.classifies:
-            spread = taught.var().clamp_min(1e-12)
-            return {"teacher": functional.mse_loss(given, taught) / spread}
-        heat = self.temperature
-        divergence = functional.kl_div(
-            functional.log_softmax(given / heat, dim=-1),
-            functional.log_softmax(taught / heat, dim=-1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        losses = {"teacher": self.weight * heat**2 * divergence}
-        if self.weight < 1:
-            labels = functional.cross_entropy(given, batch["labels"])
-            losses["labels"] = (1 - self.weight) * labels
-        return losses
-
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Outputs in float32, and the labels."""
-        return self._read(model(batch["pixel_values"])), batch["labels"]
-
-    def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
-        """How many there were."""
-        return {"n": float(len(outputs))}
-
-    def with_teacher(self, teacher: nn.Module) -> Imitation:
-        """The same task with a frozen teacher in evaluation mode."""
-        return replace(self, teacher=teacher.eval().requires_grad_(False))
-
-    def _read(self, output: Any) -> Tensor:
-        return (logits_of(output) if self.classifies else _features_of(output)).float()
-
-
-def _features_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    for name in ("pooler_output", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    raise UnsupportedBackbone(
-        f"The model returned a {type(output).__name__} with neither logits nor features to imitate."
-    )
+    for place in chosen.spending:
+        method = chosen.methods[place]
+        if not isinstance(method, Trained):
+            continue
+        if data is None:
+            raise BadSetting(
+                f"{name_of(method)} is trained before it decides, and no images were given: pass "
+                "data=, a folder or batches."
+            )
+        share = target ** (1 / len(chosen.spending))
+        learned = prepare(model, method, data, share, image_size=image_size, history=history)
+        chosen.evidence[place] = replace(chosen.evidence[place], learned=learned, memory={})
+        chosen.notes.extend(learned.get("notes", ()) if isinstance(learned, dict) else ())
 
 
 def prepare(
@@ -121,19 +81,23 @@ def prepare(
     batch_size: int = 32,
     seed: int = 0,
     image_size: tuple[int, int] | int | None = None,
+    history: History | None = None,
 ) -> Any:
     """Have a method trained on a model, in place, and settle it.
 
     Args:
         model: a plain model; it is left in evaluation mode, settled, with all of its units.
         method: what is attached and trained, distilled from the model as it is now.
-        data: batches of images B 3 H W, or (images, labels) pairs; or images that are open already.
-            Without labels the model is distilled alone.
+        data: a folder of images, or another source as in a recipe; or images that are open already:
+            a split, batches of images B 3 H W, or (images, labels) pairs. Without labels the model
+            is distilled alone.
         target: share of the multiply-accumulates that is to be left, in (0, 1].
         epochs: over the images that the method uses; None: as many as make the steps that the
             method plans with.
-        learning_rate: of weights; the method says how much faster its own parameters learn.
+        learning_rate: of what the method put in, which it says how much faster learns. Weights, if
+            they are trained, have the method's own `weight_rate`, or else this one, too.
         image_size: for models that do not say theirs.
+        history: of the model: how it wants its images prepared, and the names of its classes.
 
     Returns:
         What was learned, for `Evidence.learned`.
@@ -141,68 +105,63 @@ def prepare(
     Raises:
         DataError: there are no images. UnsupportedSite: the method cannot act on this model.
     """
-    teacher = copy.deepcopy(model).eval()
-    images, labeled = _images(model, data, image_size, seed, getattr(method, "data_share", 1.0))
+    teacher, device = copy.deepcopy(model).eval(), device_of(model)
+    steps = getattr(method, "steps", STEPS)
+    material = _material(model, method, data, (steps * batch_size, seed), image_size, history)
     method.attach(view(model), target)
     control = controller_in(model)
-    each = math.ceil(len(images) / batch_size)  # type: ignore[arg-type]
-    rounds = math.ceil(getattr(method, "steps", STEPS) / each) if epochs is None else epochs
+    each = math.ceil(len(material) / batch_size)
+    rounds = math.ceil(steps / each) if epochs is None else epochs
+    trains_weights = control is None or bool(set(control.thawed) & _trained(model))
+    slow = getattr(method, "weight_rate", learning_rate) if trains_weights else learning_rate
     if control is not None:
         control.plan(rounds * each)
-    trains_weights = control is None or bool(set(control.thawed) & _trained(model))
+        control.hasten(learning_rate / slow)
     task = Imitation(
-        weight=0.5 if labeled and trains_weights else 1.0,
+        weight=0.5 if material.labeled and trains_weights else 1.0,
         classifies=bool(view(model).classifier),
     )
     settings = TrainSettings(
         epochs=rounds,
-        batch_size=min(batch_size, len(images)),  # type: ignore[arg-type]
-        learning_rate=learning_rate,
+        batch_size=min(batch_size, len(material)),
+        learning_rate=slow,
         weight_decay=0.0,
         warmup=0.0,
         loggers=[],
         progress=False,
     )
-    fit(model, task, images, None, settings, teacher=teacher, seed=seed)
-    return method.settle(view(model))
+    fit(model, task, material.images, None, settings, teacher=teacher, seed=seed)
+    learned = method.settle(view(model.to(device)))
+    if isinstance(learned, dict):
+        learned["notes"] = [*material.notes, *learned.get("notes", ())]
+    return learned
+
+
+def _material(
+    model: nn.Module,
+    method: Trained,
+    data: Any,
+    planned: tuple[int, int],
+    image_size: tuple[int, int] | int | None,
+    history: History | None,
+) -> Material:
+    """What a method is trained on; `planned`: how many images its steps take, and the seed."""
+    known = history or History()
+    share, side = getattr(method, "data_share", 1.0), input_size(model, image_size)[1]
+    described = known.preprocessing or preprocessing.of_model(model, "", side)
+    return opened(data, Wanted(share, *planned, _classes(model, known)), described)
 
 
 def _trained(model: nn.Module) -> set[str]:
     return {name.replace(".inner.", ".") for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _images(
-    model: nn.Module,
-    data: Any,
-    image_size: tuple[int, int] | int | None,
-    seed: int,
-    share: float,
-) -> tuple[Dataset[Any], bool]:
-    """The images to train on, and whether they have labels."""
-    if isinstance(data, Split):
-        described = preprocessing.of_model(model, "", input_size(model, image_size)[1])
-        part = limited(data.train, max(1, math.ceil(share * len(data.train))), seed)
-        transform = preprocessing.training_transform(described, Augmentation())
-        return ImageSet(part, transform, seed), True
-    if not isinstance(data, Iterable):
-        raise DataError(
-            "Images are needed to train gates. Pass data: batches of images, (images, labels) "
-            "pairs, or an opened split."
-        )
-    pairs = [(batch, None) if isinstance(batch, Tensor) else tuple(batch)[:2] for batch in data]
-    if not pairs:
-        raise DataError("The data gave no batch. One of images, or (images, labels), works.")
-    pixels = torch.cat([given.detach().cpu() for given, _ in pairs])
-    labels = [known for _, known in pairs if isinstance(known, Tensor)]
-    complete = len(labels) == len(pairs)
-    targets = (
-        torch.cat([known.detach().cpu() for known in labels])
-        if complete
-        else torch.zeros(len(pixels), dtype=torch.long)
-    )
-    count = max(1, math.ceil(share * len(pixels)))
-    drawn = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:count]
-    return TensorSet(pixels[drawn], targets[drawn]), complete
+def _classes(model: nn.Module, history: History) -> list[str] | int:
+    """Names of the model's classes, or only how many there are."""
+    last = [site.layer for site in view(model).classifier]
+    outputs = int(getattr(last[-1], "out_features", 0)) if last else 0
+    known = history.labels
+    return known if known is not None and len(known) == outputs else outputs
 
 
 def settle(

@@ -19,11 +19,14 @@ from peft_vision.plan import Decisions
 
 if TYPE_CHECKING:
     import peft
-    from torch import nn
+    from torch import Tensor, nn
 
 FOLDERS = ("adapters", "pruners", "decomposers", "quantizers", "heads")
 CATALOG = "peft_vision.adapters._catalog"
 ENTRY_POINTS = "peft_vision.methods"
+
+MEAN_RANK = "mean_rank"
+"""The name by which the mean rank of all scores of heads is asked for."""
 
 T = TypeVar("T")
 
@@ -57,11 +60,16 @@ class Evidence:
     Attributes:
         batches: (images B 3 H W, labels B) pairs for methods that need data; iterable repeatedly.
         learned: what a method that was trained for this decision has learned (`Method.settle`).
+        heads: (name, backbone, batches) -> what its heads are worth by the score of that name, L
+            blocks x H heads, higher = keep, NaN where there is none; `score_names` lists the names.
+        fits: what stays is fitted on the batches afterwards.
     """
 
     batches: Iterable[Any] | None = None
     learned: Any = None
     memory: dict[Hashable, Any] = field(default_factory=dict)
+    heads: Callable[[str, Backbone, Iterable[Any] | None], Tensor] | None = None
+    fits: bool = True
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """The value computed on the first call with this key."""
@@ -244,6 +252,11 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         return cls(**listed)
     except TypeError as error:
         raise BadSetting(f"{name}: {error}.") from error
+
+
+def score_names() -> list[str]:
+    """Names of the scores by which a pruner may rank heads; no score is imported."""
+    return [*stems("importance"), MEAN_RANK]
 
 
 def name_of(method: Method) -> str:

@@ -33,6 +33,7 @@ def recover(
     seed: int = 0,
     settings: TrainSettings | None = None,
     augmentation: Augmentation | None = None,
+    keep_better: bool = True,
 ) -> dict[str, float]:
     """Fine-tune a compressed model in place with the dense one's logits (Hinton et al., 2015).
 
@@ -43,9 +44,12 @@ def recover(
         epochs, batch_size, learning_rate: of the training; or give `settings` whole.
         weight: of the teacher's term in the loss, in [0, 1]; the labels' term gets the rest.
         temperature: softens both distributions, above 0.
+        keep_better: where training has not lowered the loss on the validation images, the weights
+            stay as they were: a model that was fitted well has little to recover.
 
     Returns:
-        The validation figures, also written to ``model.history.metrics``.
+        The validation figures, also written to ``model.history.metrics``; `kept` says whether what
+        was trained was kept (1.0) or not (0.0).
 
     Raises:
         DataError: the images cannot be used. BadSetting: the teacher has other outputs, or the
@@ -80,6 +84,7 @@ def recover(
         ),
         teacher=teacher,
         seed=seed,
+        keep_better=keep_better,
     )
     _record(model, described, split, figures)
     return figures

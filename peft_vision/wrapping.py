@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from peft_vision.compressed import CompressedModel
 from peft_vision.cost import measure, unwrap
 from peft_vision.errors import BadSetting, GradientUnproven
 from peft_vision.history import History, fingerprint
+from peft_vision.importance import as_evidence
 from peft_vision.lookup import stems
 from peft_vision.method import Adapter, Evidence, Method, find, make, name_of
 from peft_vision.plan import Step
@@ -102,8 +104,9 @@ def _wrap_one(
 ) -> nn.Module:
     history, inner = History.of(model), unwrap(model)
     backbone = view(inner)
-    evidence = Evidence(None if data is None else list(data))
-    decisions = method.decide(backbone, method.strength, evidence)
+    evidence = Evidence(None if data is None else list(data), heads=as_evidence)
+    with _still(inner, data):
+        decisions = method.decide(backbone, method.strength, evidence)
     if isinstance(method, Adapter) and not decisions:
         raise BadSetting("The adapter has no targets at strength 0.")
     if history.before is None and inputs is None and (backbone.input_size or image_size):
@@ -116,7 +119,7 @@ def _wrap_one(
     if evidence.batches is None or not method.reduces:
         method.apply(backbone, step.decisions)
     else:
-        with torch.no_grad():
+        with torch.no_grad(), _still(inner, data):
             apply_compensated(inner, [method], [decisions], evidence.batches, Compensation())
     if isinstance(method, Adapter):
         adapted = adapt(model, method, history.then(step), image_size=image_size, inputs=inputs)
@@ -126,6 +129,19 @@ def _wrap_one(
         model.history = history.then(step)  # type: ignore[assignment]
         return model
     return CompressedModel(inner, history.then(step))
+
+
+@contextlib.contextmanager
+def _still(model: nn.Module, data: Any) -> Iterator[None]:
+    """Images are shown to the model as it will run: nothing in it is dropped at random."""
+    training = model.training and data is not None
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def adapt(

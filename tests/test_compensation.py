@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,18 @@ import peft_vision as pv
 from peft_vision.backbones import view
 from peft_vision.calibration import Moments, Walk
 from peft_vision.compensation import Compensation, apply_compensated
+from peft_vision.cost import measure, twin
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.surgery import keep_inputs
 from peft_vision.method import Evidence, make
-from tests.families import FAMILIES, images
+from peft_vision.plan import Plan
+from tests.families import FAMILIES, images, moved, run, timm_vit
+
+BIASLESS = {"timm_vit_biasless": partial(timm_vit, proj_bias=False)}
+"""As in AIMv2: no bias where heads and hidden units are read."""
 
 SAMPLE = [
+    *BIASLESS,
     "timm_vit",
     "timm_vit_normed",
     "timm_vit_glu",
@@ -33,7 +43,7 @@ SAMPLE = [
 
 def model_of(family: str) -> nn.Module:
     torch.manual_seed(0)
-    return FAMILIES[family]().double().eval()
+    return {**FAMILIES, **BIASLESS}[family]().double().eval()
 
 
 def calibration(model: nn.Module, count: int = 64) -> list[Tensor]:
@@ -70,7 +80,7 @@ def test_ridge_beats_mean_beats_nothing_at_the_first_cut(family: str) -> None:
     """Of one block, on the images that it was fitted on, as least squares promise."""
     model = model_of(family)
     batches, method = calibration(model), make("magnitude", {"heads": False, "multiple": 1})
-    decisions = method.decide(view(model), 0.5, Evidence())
+    decisions = method.decide(view(model), 0.5, Evidence(batches))
     key = next(iter(decisions))
     lost = {}
     for how in ("none", "mean", "ridge"):
@@ -83,10 +93,7 @@ def test_ridge_beats_mean_beats_nothing_at_the_first_cut(family: str) -> None:
             dense.advance()
         pairs = zip(walk.streams, dense.streams, strict=True)
         lost[how] = sum(float((a.x - b.x).square().mean()) for a, b in pairs)
-    biased = getattr(view(model).hidden[0].mlp, view(model).hidden[0].parts.down).bias is not None
-    assert lost["ridge"] < lost["none"]
-    assert lost["mean"] < lost["none"] if biased else lost["mean"] == lost["none"]
-    assert lost["ridge"] < lost["mean"]
+    assert lost["ridge"] < lost["mean"] < lost["none"]
 
 
 @pytest.mark.parametrize("family", ["timm_vit", "hf_vit"])
@@ -132,6 +139,105 @@ def test_moments_are_those_of_all_batches_together() -> None:
     assert (seen.covariance - values.t().cov(correction=0)).abs().max() < 1e-12
 
 
+def test_what_varies_little_far_from_zero_keeps_its_covariance() -> None:
+    """A mean a thousand times the deviation, in float32."""
+    torch.manual_seed(0)
+    values = 100 + 0.1 * torch.randn(4096, 8)
+    exact = values.double().t().cov(correction=0)
+    seen = Moments.of_width(8)
+    for part in values.split(512):
+        seen.add(part)
+    assert (seen.covariance - exact).abs().max() < 1e-4 * exact.diagonal().mean()
+    assert (seen.mean - values.double().mean(0)).abs().max() < 1e-6
+    second = values.double().t() @ values.double() / len(values)
+    assert (seen.second / second - 1).abs().max() < 1e-8
+
+
+def test_a_linear_that_reads_what_lies_far_from_zero_is_fitted_in_single_precision() -> None:
+    """Half of the units repeat the other half; all of them vary by a thousandth of their mean."""
+    model = model_of("timm_vit").float()
+    for site in view(model).hidden:
+        half = site.count // 2
+        with torch.no_grad():
+            site.mlp.fc1.weight.mul_(0.02)
+            site.mlp.fc1.bias.fill_(30.0)
+            site.mlp.fc1.weight[half:] = site.mlp.fc1.weight[:half]
+            site.mlp.fc2.weight[:, half:] *= 0.5
+            site.mlp.fc2.bias -= 30 * site.mlp.fc2.weight.sum(1)
+    batches = [x.float() for x in calibration(model)]
+    lost = {
+        how: error(cut(model, Compensation(how, 1e-6), batches, heads=False), model, batches)  # type: ignore[arg-type]
+        for how in ("mean", "ridge")
+    }
+    assert lost["ridge"] < 1e-2 * lost["mean"]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "bottleneck_adapter"])
+def test_the_base_below_an_adapter_is_fitted(adapter: str, tmp_path: Path) -> None:
+    """As well as a plain model; what the adapter says is not changed, and all of it is saved."""
+    settings: dict[str, Any] = {"heads": False, "score": "weights"}
+    model = model_of("timm_vit").float()
+    batches = [x.float() for x in calibration(model)]
+    dense = moved(pv.wrap(copy.deepcopy(model), adapter))
+    lost = {}
+    for data in (None, batches):
+        smaller = pv.wrap(copy.deepcopy(dense), "magnitude", data=data, **settings)
+        lost[data is None] = error(smaller.eval(), dense, batches)
+    assert lost[False] < 1e-2 * lost[True]
+    smaller.save_pretrained(tmp_path / "out")
+    again = pv.load(tmp_path / "out", base=model)
+    assert torch.equal(run(again, batches[0]), run(smaller, batches[0]))
+
+
+class Twice(nn.Module):
+    """Stands around a linear as PEFT does, and gives what is no sum with what the linear gives."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        return -3 * y
+
+
+@keep_inputs.register(Twice)
+def _(layer: Twice, indices: Sequence[int]) -> None:
+    keep_inputs(layer.base_layer, indices)
+
+
+class Doubled(nn.Linear):
+    """A linear for which there is a rule to cut it, but none to fit it."""
+
+
+@pytest.mark.parametrize("strange", [Twice, Doubled])
+def test_what_cannot_be_fitted_is_left_as_it_is_and_said(
+    strange: type[nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of("timm_vit")
+    batches, method = calibration(model), make("magnitude", {"heads": False})
+    decisions = method.decide(view(model), 0.5, Evidence())
+    for site in view(model).hidden:
+        linear = site.mlp.fc2
+        if strange is Twice:
+            site.mlp.fc2 = Twice(linear)
+        else:
+            site.mlp.fc2 = Doubled(linear.in_features, linear.out_features).double()
+            site.mlp.fc2.load_state_dict(linear.state_dict())
+    found = {}
+    with caplog.at_level(logging.WARNING, "peft_vision"):
+        for how in ("none", "ridge"):
+            smaller = copy.deepcopy(model)
+            apply_compensated(smaller, [method], [decisions], batches, Compensation(how))  # type: ignore[arg-type]
+            found[how] = [p for site in view(smaller).hidden for p in site.mlp.fc2.parameters()]
+    pairs = zip(found["none"], found["ridge"], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert len(caplog.messages) == 1
+    assert "blocks.0.hidden" in caplog.text
+    assert strange.__name__ in caplog.text
+
+
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_walk_arrives_where_the_model_does(family: str) -> None:
     model, batches = model_of(family), None
@@ -172,3 +278,38 @@ def test_bad_input_is_refused() -> None:
         Walk(view(model), ["picture.png"])
     with pytest.raises(UnsupportedSite, match="tokens"):
         Walk(view(FAMILIES["generic_cnn"]()), [torch.randn(1, 3, 32, 32)])
+
+
+def test_a_bias_that_was_not_there_is_structure(tmp_path: Path) -> None:
+    """Decided where layers are fitted, counted, replayed without values, and saved."""
+    model = model_of("timm_vit_biasless").float()
+    batches = [x.float() for x in calibration(model)]
+    method = make("magnitude", {"ratio": 0.5, "head_exponent": 1.0})
+    plain = method.decide(view(model), 0.5, Evidence())
+    assert all(set(decision) == {"of", "bits"} for decision in plain.values())  # type: ignore[arg-type]
+    smaller = pv.wrap(copy.deepcopy(model), method, data=batches)
+    plan = Plan.from_json(smaller.history.plan.to_json())
+    decided = plan.steps[0].decisions
+    assert all(decision["bias"] is True for decision in decided.values())  # type: ignore[index, call-overload]
+    fresh = twin(model)
+    method.apply(view(fresh), decided)
+    shapes = {name: t.shape for name, t in smaller.plain_model.state_dict().items()}
+    assert {name: t.shape for name, t in fresh.state_dict().items()} == shapes
+    assert measure(smaller).params == sum(p.numel() for p in fresh.parameters())
+    cut_in = {key.rpartition(".")[0] for key in decided if key.endswith(".hidden")}
+    assert cut_in
+    for name in cut_in:
+        bias = smaller.plain_model.get_submodule(name).mlp.fc2.bias
+        assert bias.abs().max() > 0
+    smaller.save_pretrained(tmp_path / "out")
+    again = pv.load(tmp_path / "out", base=model)
+    assert torch.equal(run(again, batches[0]), run(smaller, batches[0]))
+
+
+def test_a_mean_that_nothing_can_take_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of("timm_vit_biasless")
+    batches, method = calibration(model), make("magnitude", {"heads": False})
+    decisions = method.decide(view(model), 0.5, Evidence())  # no images: no bias is decided
+    with caplog.at_level(logging.WARNING, "peft_vision"):
+        apply_compensated(model, [method], [decisions], batches, Compensation("mean"))
+    assert "no bias that could take a mean" in caplog.text

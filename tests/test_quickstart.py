@@ -86,6 +86,21 @@ class TestRun:
         for command in done.commands:
             assert command.line in page
 
+    def test_report_shows_what_heads_are_worth(self, done: Outcome) -> None:
+        found = done.measured.importance
+        assert found.images == 4
+        assert set(found.scores) == set(package._SCORES)
+        page = done.report.read_text()
+        table = page[page.index('<table id="agreement">') :].partition("</table>")[0]
+        shown = re.findall(r"<th scope=\"row\">(\w+)</th><td>([^<]+)</td>", table)
+        assert shown[0] == ("leave_one_out", "+1.00")
+        taus = found.agreement()
+        assert {name: float(tau) for name, tau in shown} == pytest.approx(taus, abs=0.005)
+        assert [float(tau) for _, tau in shown] == sorted(map(float, dict(shown).values()))[::-1]
+        assert "contextual_decomposition" in page  # said to be left out
+        figures = json.loads((done.folder / "figures.json").read_text())
+        assert figures["importance"]["kendall"] == pytest.approx(taus)
+
     def test_report_counts_agree_with_the_model(self, done: Outcome) -> None:
         from peft_vision.backbones import view
         from peft_vision.cost import unwrap

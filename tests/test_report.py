@@ -19,6 +19,7 @@ from peft_vision.report import (
     Command,
     Kept,
     Overlay,
+    Ranking,
     Reading,
     ReportContent,
     Speed,
@@ -53,6 +54,13 @@ def content() -> ReportContent:
         budget=0.4,
         patches=24,
         blocks=blocks,
+        ranking=Ranking(
+            "dense <b>",
+            32,
+            [[0.125, 1.0, 0.5], [0.25, 0.75, None]],
+            {"leave_one_out": 1.0, "taylor": -0.256, "flat": None},
+            ("slow_one was left out.",),
+        ),
         overlays=(Overlay('a "rose"', image, (4, 6), stages),),
         settings={"seed": 0},
         versions={"torch": "2.6"},
@@ -124,7 +132,7 @@ def test_pictures_have_alternative_texts(page: str) -> None:
     assert all(found.attributes("img", "alt"))
     assert "3 of 24 patches kept" in page
     labels = [a.get("aria-label") for tag, a in found.tags if a.get("role") == "img"]
-    assert len(labels) == 4
+    assert len(labels) == 5
     assert all(labels)
 
 
@@ -158,6 +166,7 @@ def test_a_single_reading_is_enough(tmp_path: Path) -> None:
     small = ReportContent("t", "s", (Reading("dense", 1.0, 10, 2_000_000, 5),))
     page = write_report(tmp_path / "a" / "report.html", small).read_text()
     assert "What is left" not in page
+    assert "What each attention head is worth" not in page
     assert "<h2" in page
 
 
@@ -166,6 +175,41 @@ def test_other_architectures(tmp_path: Path, content: ReportContent) -> None:
     blocks = tuple(Block(None, None, 9) if n % 2 else Block(Kept(16, (3,))) for n in range(40))
     deep = dataclasses.replace(content, blocks=blocks, overlays=())
     assert 'id="blocks"' in write_report(tmp_path / "report.html", deep).read_text()
+
+
+def text_of(table: str) -> list[str]:
+    """The cells of a table, in order."""
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table)
+    return [re.sub(r"<[^>]+>", "", cell) for cell in cells]
+
+
+def test_heads_and_the_agreement_of_their_scores_are_shown(page: str) -> None:
+    dash = "\N{EN DASH}"
+    agreement, ranks = (
+        text_of(page[page.index(f'<table id="{name}">') :].partition("</table>")[0])
+        for name in ("agreement", "ranks")
+    )
+    assert agreement[2:] == ["leave_one_out", "+1.00", "taylor", "-0.26", "flat", dash]
+    assert ranks[:4] == ["block", "head 1", "head 2", "head 3"]
+    assert ranks[4:] == ["1", "12", "100", "50", "2", "25", "75", dash]
+    assert "dense &lt;b&gt;" in page
+    assert "on 32 images" in page
+    assert "slow_one was left out." in page
+
+
+def test_a_head_is_as_full_as_its_rank(content: ReportContent) -> None:
+    from peft_vision.report import figures
+
+    assert content.ranking is not None
+    drawn = figures.rank_of_heads(content.ranking.rank)
+    assert sorted(re.findall(r"fill-opacity: ([\d.]+)", drawn)) == ["0.125", "0.25", "0.5", "0.75"]
+
+
+def test_a_ranking_needs_no_blocks(content: ReportContent, tmp_path: Path) -> None:
+    alone = dataclasses.replace(content, blocks=(), patches=None)
+    page = write_report(tmp_path / "report.html", alone).read_text()
+    assert "What is left of each block" not in page
+    assert 'id="agreement"' in page
 
 
 def test_same_content_same_page(content: ReportContent, tmp_path: Path) -> None:
@@ -255,7 +299,7 @@ def test_in_a_browser(page: str, tmp_path: Path) -> None:
         size = f"--window-size={width},900"
         seen = browse(copy, tmp_path / f"profile{width}", "--dump-dom", size).stdout
         root = dict(re.findall(r'data-(\w+)="(\w+)"', seen[: seen.index("<head>")]))
-        assert root == {"decoded": "3", "charts": "4", "overflow": "false", "requests": "0"}
+        assert root == {"decoded": "3", "charts": "5", "overflow": "false", "requests": "0"}
 
 
 @pytest.mark.slow

@@ -81,7 +81,11 @@ def compress(
     if recover_epochs > 0 and data is not None:
         from peft_vision.recovery import recover
 
-        recover(result.model, dense, data, epochs=recover_epochs)
+        if not recover(result.model, dense, data, epochs=recover_epochs)["kept"]:
+            result.notes.append(
+                "Training did not lower the loss on the validation images: the weights are what "
+                "they were before it."
+            )
     result.save_pretrained(output, overwrite=overwrite)
     if as_json:
         metrics = History.of(result.model).metrics

@@ -8,8 +8,9 @@ and averaged by rank, heads among heads only.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,18 @@ from peft_vision.data.source import open_for_calibration
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.history import History
 from peft_vision.importance._agreement import kendall, mean_rank
+from peft_vision.importance._probing import images_for, spread
 from peft_vision.layers.showing import images_of
 from peft_vision.lookup import stems, unknown
+from peft_vision.method import MEAN_RANK
 
-__all__ = ["Importance", "find", "kendall", "mean_rank", "names", "scores"]
+__all__ = ["Importance", "as_evidence", "find", "kendall", "mean_rank", "names", "scores"]
 
 FOLDER = "importance"
 TRUTH = "leave_one_out"
 """The score that the others try to guess."""
+IMAGES = 64
+"""At most so many are looked at, unless told."""
 
 Score = Callable[..., Tensor]
 
@@ -110,7 +115,7 @@ def scores(
     data: str | Path | Iterable[Any],
     which: Sequence[str] | None = None,
     *,
-    images: int = 64,
+    images: int = IMAGES,
 ) -> Importance:
     """Score the heads of a model.
 
@@ -131,17 +136,59 @@ def scores(
     if not wanted:
         raise BadSetting(f"No score was named. Possible: {', '.join(names())}.")
     backbone = view(plain)
+    _require_scores(backbone)
+    return _scored(backbone, _held(data, plain, history, images), wanted, every=which is None)
+
+
+def as_evidence(name: str, backbone: Backbone, batches: Iterable[Any] | None) -> Tensor:
+    """One score, or the mean rank of all that can be computed, as a pruner asks for it: L H.
+
+    Args:
+        name: one of `names`, or "mean_rank".
+        batches: of images B 3 H W or of (images, labels), of which at most 64 are looked at; None:
+            none were given.
+
+    Raises:
+        UnknownName: there is no such score.
+        BadSetting: it is measured on images, and none were given.
+        UnsupportedSite: the model has no heads, or the score cannot be computed for it.
+    """
+    every = name == MEAN_RANK
+    wanted = {one: find(one) for one in (names() if every else [name])}
+    _require_scores(backbone)
+    if batches is None and (every or _reads_images(wanted[name])):
+        without = [one for one in names() if not _reads_images(find(one))]
+        raise BadSetting(
+            f"The score {name!r} is measured on images, and none were given. Pass data, a folder "
+            f"of images or batches; labels are not read. Without images: {', '.join(without)}."
+        )
+    held = [] if batches is None else spread(images_for(backbone, batches), IMAGES)
+    found = _scored(backbone, held, wanted, every=every)
+    return found.rank if every else found.scores[name]
+
+
+def _require_scores(backbone: Backbone) -> None:
     backbone.require("heads")
     if "scores" in backbone.missing:
         why = backbone.missing["scores"]
-        raise UnsupportedSite(f"{type(plain).__name__} has no scores of heads: {why}.")
-    held = _held(data, plain, history, images)
+        raise UnsupportedSite(f"{type(backbone.model).__name__} has no scores of heads: {why}.")
+
+
+def _reads_images(score: Score) -> bool:
+    """Whether a score has to be given batches."""
+    return inspect.signature(score).parameters["batches"].default is inspect.Parameter.empty
+
+
+def _scored(
+    backbone: Backbone, held: list[Any], wanted: Mapping[str, Score], *, every: bool
+) -> Importance:
+    """By each score; of `every` there is, those that cannot be computed are left out by a note."""
     found, notes = {}, []
     for name, score in wanted.items():
         result = _tried(score, backbone, held)
         if isinstance(result, Tensor):
             found[name] = result
-        elif which is not None:
+        elif not every:
             raise result
         else:
             notes.append(f"{name} was left out: {result}")

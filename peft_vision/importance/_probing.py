@@ -63,6 +63,15 @@ def at_most(images: Sequence[Tensor], count: int) -> list[Tensor]:
     return list(torch.split(torch.cat(list(images))[:count], size))
 
 
+def spread(images: Sequence[Tensor], count: int) -> list[Tensor]:
+    """At most `count` images, at even distances: they may be sorted by class."""
+    total, size = sum(len(batch) for batch in images), max(len(batch) for batch in images)
+    if total <= count:
+        return list(images)
+    places = [place * total // count for place in range(count)]
+    return list(torch.split(torch.cat(list(images))[places], size))
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; every module's own mode is put back."""

@@ -90,13 +90,17 @@ def head_queries(
     width, channels = query_dim(attention, parts), x.shape[-1]
     layer = getattr(attention, parts.qkv[0])
     bias = layer.bias if len(parts.qkv) == 3 else _bias(attention, parts)
-    chosen = x.reshape(-1, channels).index_select(0, flat_places(places, x.shape[1]))
-    weight = layer.weight[: heads * width].view(heads, width, channels).transpose(1, 2)
-    chosen = chosen.view(heads, batch * rows, channels)
-    if bias is None:
-        q = torch.bmm(chosen, weight)
+    weight = layer.weight[: heads * width].view(heads, width, channels)
+    shift = None if bias is None else bias[: heads * width].view(heads, width)
+    tokens, flat = x.reshape(-1, channels), flat_places(places, x.shape[1])
+    if _in_caches(x):
+        shifts = [None] * heads if shift is None else shift
+        each = zip(flat.view(heads, -1), weight, shifts, strict=True)
+        q = torch.stack([F.linear(tokens.index_select(0, i), w, b) for i, w, b in each])
     else:
-        q = torch.baddbmm(bias[: heads * width].view(heads, 1, width), chosen, weight)
+        chosen = tokens.index_select(0, flat).view(heads, batch * rows, channels)
+        q = torch.bmm(chosen, weight.transpose(1, 2))
+        q = q if shift is None else q + shift.unsqueeze(1)
     q = q.view(heads, batch, rows, width).transpose(0, 1)
     if rope is None or parts.rotate is None:
         return _placed(attention, parts, q, None)
@@ -121,8 +125,18 @@ def add_rows(
     else:
         y = F.linear(always.transpose(1, 2).flatten(2), out.weight[:, start:], out.bias)
     weight = out.weight[:, :start].t().unflatten(0, (count, width))  # type: ignore[no-untyped-call]
-    parts = torch.bmm(heads.transpose(0, 1).reshape(count, batch * rows, width), weight)
-    return add_to(y, parts.view(-1, y.shape[-1]), flat_places(places, tokens))
+    read = heads.transpose(0, 1).reshape(count, batch * rows, width)
+    flat = flat_places(places, tokens)
+    if _in_caches(y):
+        for one, values, w in zip(flat.view(count, -1), read, weight, strict=True):
+            add_to(y, values @ w, one)
+        return y
+    return add_to(y, torch.bmm(read, weight).view(-1, y.shape[-1]), flat)
+
+
+def _in_caches(x: Tensor) -> bool:
+    """Whether heads are taken one by one: what one needs then stays in the caches of a CPU."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def add_to(y: Tensor, rows: Tensor, flat: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class Trunk(nn.Module):
         reducers: block index -> what shortens the stream there.
         restore: all patches are there again behind the last block, each with the state of the token
             that carried it, or with its last own one.
-        pooled: the last block is computed for this many first tokens only; None for all.
+        pooled: behind the last attention, which reads them all, only this many first tokens go on
+            (see `rows_of`); None for all.
         votes: the result is the sum of scaled paths; None for the stream itself.
         checkpointing: blocks whose activations are computed again in the backward pass: all, none,
             or these.
@@ -171,10 +172,12 @@ class Trunk(nn.Module):
         if isinstance(prompt, Prompts):
             x = prompt(stream.x, self.prefix, stream.extra)
             stream = stream._replace(x=x, extra=prompt.count)
-        block, reducer = self.blocks[index], self._reducer(index)
-        rows = self.pooled if index == len(self.blocks) - 1 else None
+        block, rows = self.blocks[index], self.rows_of(index)
+        # Tokens that nobody reads any more leave anyway.
+        reducer = self._reducer(index) if rows is None else None
+        lends = rows is None and self._lends(index)
         untouched = stream.total is None and stream.carriers is None and self.observer is None
-        opened = rows is not None or _cut(block, self.parts) or self._lends(index)
+        opened = rows is not None or _cut(block, self.parts) or lends
         if untouched and reducer is None and not opened:
             return stream._replace(x=block(stream.x, *args, **kwargs))
         prefix = self.prefix + stream.extra
@@ -185,18 +188,28 @@ class Trunk(nn.Module):
             stream.rope,
             rows=rows,
             key_bias=_bias(stream, prefix),
-            whole=reducer is not None or self._lends(index),
+            whole=reducer is not None or lends,
         )
         stream = self._counted(stream._replace(x=half.x), index, "attention", half.added)
         # Where the attention was removed, the one before says whom to choose; where there is none
         # either, or tokens have left since, every token goes on.
         attended = half.attended or _still(stream.attended, stream.x)
-        if reducer is not None and rows is None and attended is not None:
+        if reducer is not None and attended is not None:
             reduction = reducer(stream.x, attended, prefix, stream.sizes)
             stream = _reduced(stream, reduction, prefix, reducer, keep=self.restore)
         x, added = mlp_half(block, self.parts, stream.x)
-        stream = stream._replace(x=x, attended=attended if self._lends(index) else None)
+        stream = stream._replace(x=x, attended=attended if lends else None)
         return self._counted(stream, index, "mlp", added)
+
+    def rows_of(self, index: int) -> int | None:
+        """How many first tokens block `index` computes; None for all.
+
+        Where the pooled ones alone are read, the last block that has attention needs no others but
+        as keys and values, and what lies behind needs none.
+        """
+        behind = list(self.blocks)[index + 1 :]
+        whole = any(not isinstance(getattr(b, self.parts.attention), Absent) for b in behind)
+        return None if whole else self.pooled
 
     def _lends(self, index: int) -> bool:
         """Whether a block right behind, which lost its attention, chooses tokens by this one's."""

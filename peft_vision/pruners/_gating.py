@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, LayerSite, device_of
@@ -43,6 +46,41 @@ def kind_of(key: str) -> str:
     return key.rpartition(".")[2]
 
 
+class _Parts(TorchFunctionMode):
+    """Notes what is computed with parts of weights, which no call of a layer tells of.
+
+    Attributes:
+        macs: id of the whole weight -> multiply-accumulates.
+        rows: id of the whole weight -> the most rows at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs: dict[int, float] = defaultdict(float)
+        self.rows: dict[int, int] = defaultdict(int)
+        self._taken: list[tuple[Tensor, nn.Parameter]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call, and note products with a part of a weight."""
+        output = func(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and isinstance(args[0], nn.Parameter):
+            self._taken.append((output, args[0]))
+        if func is functional.linear:
+            for whole in (whole for part, whole in self._taken if part is args[1]):
+                self.macs[id(whole)] += float(output.numel() * args[1].shape[1])
+                rows = output.numel() // int(args[1].shape[0])
+                self.rows[id(whole)] = max(self.rows[id(whole)], rows)
+        return output
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the layers of one image's pass do: id of a layer -> rows, multiply-accumulates."""
+
+    rows: dict[int, int]
+    macs: dict[int, float]
+
+
 def terms_of(backbone: Backbone) -> list[Term]:
     """What the parts of a model cost, and which gates each depends on.
 
@@ -53,20 +91,26 @@ def terms_of(backbone: Backbone) -> list[Term]:
     meta = twin(backbone.model)
     seen = view(meta)
     seen.call_every_linear()  # one whose weight is read instead would not be seen at work
-    rows: dict[int, int] = {}
+    work = _Work({}, {})
 
     def note(layer: Any, given: Any, output: Tensor) -> None:
         sizes = _sizes(layer)
         if sizes is not None:
-            rows[id(layer)] = output.numel() // sizes[1]
+            work.rows[id(layer)] = output.numel() // sizes[1]
+            work.macs[id(layer)] = float(output.numel() * sizes[0])
 
     watched = (*seen.linears, *seen.convs, *seen.classifier)
     hooks = [site.layer.register_forward_hook(note) for site in watched]
-    total = count_flops(meta, input_size(backbone.model)) / 2
+    with _Parts() as parts:
+        total = count_flops(meta, input_size(backbone.model)) / 2
     for hook in hooks:
         hook.remove()
-    terms = [term for site in watched for term in _of_layer(site, seen, rows)]
-    terms += _products(seen, rows)
+    for layer in (site.layer for site in watched if id(site.layer) not in work.rows):
+        whole = id(getattr(plain_of(layer), "weight", None))
+        if whole in parts.rows:
+            work.rows[id(layer)], work.macs[id(layer)] = parts.rows[whole], parts.macs[whole]
+    terms = [term for site in watched for term in _of_layer(site, seen, work)]
+    terms += _products(seen, work.rows)
     return [*terms, Term(max(total - sum(term.macs for term in terms), 0.0))]
 
 
@@ -78,11 +122,10 @@ def _sizes(layer: nn.Module) -> tuple[int, int] | None:
     return weight[0].numel(), int(weight.shape[0])
 
 
-def _of_layer(site: LayerSite, backbone: Backbone, rows: Mapping[int, int]) -> Iterator[Term]:
-    sizes = _sizes(site.layer)
-    if sizes is None or id(site.layer) not in rows:
+def _of_layer(site: LayerSite, backbone: Backbone, work: _Work) -> Iterator[Term]:
+    macs = work.macs.get(id(site.layer))
+    if macs is None:
         return
-    macs = float(rows[id(site.layer)] * sizes[0] * sizes[1])
     pooled = backbone.width is not None and bool(backbone.width.pools)
     if site.block is not None:
         kinds = GATES[site.role]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from peft_vision.layers.bottleneck import inside
 from peft_vision.layers.linear_mlp import LinearMlp
 from peft_vision.layers.votes import ENTRY, Half, path_of
 from peft_vision.pruners import _path_ranking as ranking
+from peft_vision.pruners import _path_stand_ins as stand_ins
 from peft_vision.pruners._path_cuts import halves, new_votes, why_not_linear
 from peft_vision.pruners._path_probe import Branch, Probe
+from peft_vision.pruners._path_scores import BY_IMAGES, Scores, norms
 from peft_vision.pruners._path_votes import Ballot, by_length
 
 
@@ -54,26 +56,24 @@ def order_of(
     if wish.mode == "votes":
         return [(p, False) for p in _silenced(backbone, site, wish, left, batches)]
     free = _free(backbone, site, wish, left, data=batches is not None)
-    if wish.rank != "leave_one_out":
-        scores = _scores(backbone, wish, free, batches)
+    if wish.rank == "weights":
+        scores = norms(backbone, free)
         once = ranking.one_shot(scores, left) if wish.mode == "remove" else _ascending(scores)
-        return [(path_of(*branch), wish.mean and batches is not None) for branch in once]
+        return [(path_of(*branch), wish.mean) for branch in once]
     probe, linear = Probe(backbone, batches or (), wish.images), wish.mode == "activations"
-    removed = ranking.means if wish.mean else ranking.absent
-    found = ranking.greedy(probe, free, left, ranking.fitted if linear else removed, empties=linear)
+    removed = stand_ins.means if wish.mean else stand_ins.absent
+    found = ranking.greedy(
+        probe,
+        free,
+        left,
+        stand_ins.fitted if linear else removed,
+        score=BY_IMAGES[wish.rank],
+        empties=linear,
+    )
     return [(path_of(*branch), stays) for branch, stays in found]
 
 
-def _scores(
-    backbone: Backbone, wish: Wish, free: list[Branch], batches: Iterable[Any] | None
-) -> ranking.Scores:
-    if wish.rank == "weights":
-        return ranking.norms(backbone, free)
-    probe = Probe(backbone, batches or (), wish.images)
-    return (ranking.taylor if wish.rank == "taylor" else ranking.influence)(probe, free)
-
-
-def _ascending(scores: ranking.Scores) -> list[Branch]:
+def _ascending(scores: Scores) -> list[Branch]:
     return sorted(scores, key=lambda branch: scores[branch])
 
 
@@ -118,19 +118,12 @@ def _silenced(
     left: list[Branch],
     batches: Iterable[Any] | None,
 ) -> list[int]:
+    own = [ENTRY, *(path_of(*branch) for branch in left if branch[1] in wish.kinds)]
+    if wish.rank != "weights":
+        probe = Probe(backbone, batches or (), wish.images)
+        return Ballot(probe, new_votes(backbone, probe.trunk, wish.rows)).order(wish.rank, own)
     present = site.trunk_if_any()
     there = None if present is None else present.votes
-    if wish.rank == "weights":
-        paths = [ENTRY, *(path_of(*branch) for branch in left)]
-        order = by_length([p for p in paths if there is None or p in there.kept])
-    else:
-        probe = Probe(backbone, batches or (), wish.images)
-        ballot = Ballot(probe, new_votes(backbone, probe.trunk, wish.rows))
-        rules: dict[str, Callable[[], list[int]]] = {
-            "leave_one_out": ballot.greedy,
-            "taylor": ballot.taylor,
-            "influence": ballot.influence,
-        }
-        order = rules[wish.rank]()
-    others = {path_of(*branch) for branch in left if branch[1] not in wish.kinds}
-    return [path for path in order if path not in others]
+    paths = [ENTRY, *(path_of(*branch) for branch in left)]
+    order = by_length([p for p in paths if there is None or p in there.kept])
+    return [path for path in order if path in own]

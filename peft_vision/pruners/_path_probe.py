@@ -6,7 +6,7 @@ Images stop before every block in turn; from there on only what lies behind is c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from peft_vision.backbones import view
 from peft_vision.backbones.sites import Backbone, TokensSite, device_of
 from peft_vision.errors import BadSetting, UnsupportedSite
+from peft_vision.layers.absent import Absent
+from peft_vision.layers.block import mlp_half
 from peft_vision.layers.showing import images_of
 from peft_vision.layers.trunk import Stream, Trunk
 from peft_vision.layers.votes import Half
@@ -87,6 +89,11 @@ class Probe:
         self.classifies = said and self.dense[-1].dim() == 2
         self.batches += seen
 
+    @property
+    def count(self) -> int:
+        """How many images there are."""
+        return sum(len(batch.images) for batch in self.batches)
+
     def start(self, batch: Entered, x: Tensor | None = None) -> Stream:
         """A batch before the first block."""
         return self.trunk.enter(batch.x if x is None else x, batch.kwargs)
@@ -122,19 +129,36 @@ class Probe:
         square = (whole - now).flatten(1).square().sum(1)
         return float((square / whole.flatten(1).square().sum(1).clamp_min(1e-30)).sum())
 
-    def answers(self, output: Tensor) -> Tensor:
-        """A number per image (B) whose gradient says how much the output would move.
+    def answers(self, number: int, output: Tensor) -> Tensor:
+        """A number per image (B) of a batch whose gradient says how much the output would move.
 
-        For a classifier the log-probability of the class that it chooses (labels are not read);
-        else a random direction in the space of features, the same for the same shape.
+        For a classifier the log-probability of the class that the whole model chooses (labels are
+        not read); else a random direction in the space of features, the same for the same shape.
         """
         wide = output.float() if output.dtype != torch.float64 else output
         if self.classifies:
-            chosen = wide.argmax(-1, keepdim=True)
+            chosen = self.dense[number].argmax(-1, keepdim=True)
             return wide.log_softmax(-1).gather(-1, chosen).flatten(1).sum(1)
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(wide.shape, generator=generator).to(wide)
         return (wide * direction).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def change(self, branch: Branch, module: nn.Module, behind: Tensor, added: Tensor) -> Tensor:
+        """What a module at a branch's place would add to the stream, less what the branch did.
+
+        Args:
+            behind: the stream behind the branch; `added`: what the branch added to it. Both B N D,
+                and so is the result, in float64.
+        """
+        before, (index, _) = behind - added, branch
+        if isinstance(module, Absent):
+            instead = module.added(before)
+        else:
+            with self.instead(branch, module):
+                instead = mlp_half(self.trunk.blocks[index], self.site.parts, before)[1]
+        change = -added.double()
+        return change if instead is None else change + instead.double()
 
     def module(self, branch: Branch) -> nn.Module:
         """What stands at a branch's place."""
@@ -173,7 +197,7 @@ class Probe:
         finally:
             self.trunk.observer = None
 
-    def harms(self, substitutes: dict[Branch, nn.Module]) -> dict[Branch, float]:
+    def harms(self, substitutes: Mapping[Branch, nn.Module]) -> dict[Branch, float]:
         """For each branch, the mean harm done by its substitute alone."""
         totals = dict.fromkeys(substitutes, 0.0)
         with torch.no_grad():
@@ -185,8 +209,7 @@ class Probe:
                             output = self.finish(batch, index, stream)
                         totals[branch] += self.harm(number, output)
                     stream = self.step(batch, index, stream)
-        count = sum(len(batch.images) for batch in self.batches)
-        return {branch: total / count for branch, total in totals.items()}
+        return {branch: total / self.count for branch, total in totals.items()}
 
 
 def _limited(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:

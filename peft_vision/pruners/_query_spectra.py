@@ -9,6 +9,7 @@ square error is the sum of the squares of those left out. A and B go into the we
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,7 @@ class QueryMoments:
 def moments_of(walk: Walk, site: QueriesSite) -> QueryMoments:
     """Of the images where the walk is: before the block of this site."""
     trunk = walk.trunk
-    last = walk.index == len(trunk.blocks) - 1
-    rows = trunk.pooled if last else None
+    rows = trunk.rows_of(walk.index)
     count, width = site.count, site.width
     q_sum, k_sum = (torch.zeros(count, width, width, dtype=torch.float64) for _ in range(2))
     queries = keys = 0
@@ -136,7 +136,8 @@ def set_rows(site: QueriesSite, rows: Rows) -> None:
 def _held(site: QueriesSite) -> tuple[list[Held], list[Held]]:
     attention, parts = site.attention, site.parts
     layers: list[nn.Module] = [part_of(attention, name) for name in parts.qkv]
-    first, second, start = layers[0], layers[-1], 0
+    first: Any = layers[0]
+    second, start = layers[-1], 0
     if isinstance(first, SplitLinear):
         first, second = first.q, first.k
     elif len(layers) == 1:

@@ -7,24 +7,29 @@ loss of output that counts, once what stays has been fitted again, instead of th
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from peft_vision.backbones.channels import keep_channels
-from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite
+from peft_vision.backbones.sites import Backbone, HeadsSite, HiddenSite, device_of
+from peft_vision.calibration import give_bias, lacks_bias
 from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.layers.named_parts import part_of
 from peft_vision.layers.train_linear import require_cuttable
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
-from peft_vision.pruners._channel_scores import Scored, channel_scores, has_channels
+from peft_vision.pruners._channel_scores import STEPS, Scored, channel_scores, has_channels
+from peft_vision.pruners._head_scores import check_score, images_by, named_scores
 from peft_vision.pruners._refit_scores import refit_scores
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,15 @@ class Magnitude(Method):
     head_exponent: float = 3.0
     """Of the heads, ratio ** head_exponent go (1 to 10): heads are few and each is worth more."""
 
-    multiple: int = 8
+    multiple: int | str = "auto"
     """Hidden units and channels stay in multiples of this (1 to 256): kernels are much slower on
-    odd widths."""
+    odd widths. "auto": 8; of hidden units 32, where the model is on a CUDA device."""
 
     score: str = "auto"
     """"weights": the norm of what belongs to a unit. "images": the least error of the block's
     output without it; for a channel, what the next layers vary by because of it. "auto": by images
-    where there are some."""
+    where there are some. Or the name of a score of `peft_vision.importance`, or "mean_rank", for
+    the heads; all else is then ranked as by "auto"."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
@@ -69,9 +75,11 @@ class Magnitude(Method):
     def __post_init__(self) -> None:
         check_range("ratio", self.ratio, 0.0, 1.0)
         check_range("head_exponent", self.head_exponent, 1.0, 10.0)
-        check_range("multiple", self.multiple, 1, 256)
-        if self.score not in ("auto", "weights", "images"):
-            raise BadSetting(f"score is {self.score!r}; auto, weights or images works.")
+        if self.multiple != AUTO:
+            if isinstance(self.multiple, str):
+                raise BadSetting(f"multiple is {self.multiple!r}; auto or a number works.")
+            check_range("multiple", self.multiple, 1, 256)
+        check_score(self.score)
 
     @property
     def strength(self) -> float:
@@ -79,7 +87,10 @@ class Magnitude(Method):
         return self.ratio
 
     def decide(self, backbone: Backbone, strength: float, evidence: Evidence) -> Decisions:
-        """Per site, the members that stay, as a bit set."""
+        """Per site, the members that stay, as a bit set.
+
+        And whether the linear that reads them is given a bias, where it is fitted and has none.
+        """
         decisions: Decisions = {}
         present = [kind for kind in ("heads", "hidden") if getattr(backbone, kind)]
         for kind in present:
@@ -89,15 +100,17 @@ class Magnitude(Method):
             scores = evidence.once(
                 ("magnitude", kind, self.score), partial(self._scores, backbone, sites, evidence)
             )
-            group = int(self.multiple) if kind == "hidden" else 1
+            device, fitted = device_of(backbone.model), _is_fitted(backbone, evidence)
+            hidden = [_multiple(self.multiple, device, site.count) for site in sites]
             share = strength if kind == "hidden" else strength**self.head_exponent
-            kept_of = _kept(scores, share, [group] * len(sites))
+            kept_of = _kept(scores, share, hidden if kind == "hidden" else [1] * len(sites))
             for site, kept in zip(sites, kept_of, strict=True):
                 if len(kept) < site.count:
-                    decisions[site.key] = pack_indices(kept, of=site.count)
+                    bias: Decisions = {"bias": True} if fitted and lacks_bias(site) else {}
+                    decisions[site.key] = pack_indices(kept, of=site.count) | bias
         traced = self._traced(backbone, evidence)
         for alike in traced.sites:
-            decisions |= _thinned(alike, strength, int(self.multiple))
+            decisions |= _thinned(alike, strength, _multiple(self.multiple))
         if not traced.sites and not any(getattr(self, kind) for kind in present):
             self._refuse(backbone, traced.why)
         return decisions
@@ -111,17 +124,11 @@ class Magnitude(Method):
 
         def look() -> _Traced:
             try:
-                return _Traced(channel_scores(backbone, self._images(evidence)))
+                return _Traced(channel_scores(backbone, images_by(self.score, evidence)))
             except UnsupportedSite as error:
                 return _Traced(why=str(error).removesuffix("."))
 
         return evidence.once(("magnitude", "channels", self.score), look)
-
-    def _images(self, evidence: Evidence) -> Iterable[Any] | None:
-        """What scores go by; None where they go by the weights."""
-        if self.score == "images" and evidence.batches is None:
-            raise BadSetting("score is 'images', and no images were given: pass data.")
-        return None if self.score == "weights" else evidence.batches
 
     def _refuse(self, backbone: Backbone, channels: str) -> None:
         """Say why there is nothing to remove."""
@@ -138,7 +145,11 @@ class Magnitude(Method):
     def _scores(
         self, backbone: Backbone, sites: Sequence[HeadsSite | HiddenSite], evidence: Evidence
     ) -> list[Tensor]:
-        images = self._images(evidence)
+        heads = [site for site in sites if isinstance(site, HeadsSite)]
+        named = named_scores(self.score, backbone, heads, evidence) if heads else None
+        if named is not None:
+            return named
+        images = images_by(self.score, evidence)
         if images is None or backbone.tokens is None:
             return [_score(site) for site in sites]
         return refit_scores(backbone, sites, images)
@@ -160,6 +171,8 @@ class Magnitude(Method):
             if key in traced:
                 continue
             sites[key].keep(unpack_indices(packed))
+            if isinstance(packed, dict) and packed.get("bias"):
+                give_bias(sites[key])
 
 
 @dataclass(frozen=True)
@@ -185,6 +198,24 @@ def _score(site: HeadsSite | HiddenSite) -> Tensor:
     return torch.as_tensor(total).cpu()
 
 
+def _is_fitted(backbone: Backbone, evidence: Evidence) -> bool:
+    """Whether what stays is fitted again afterwards."""
+    return evidence.batches is not None and backbone.tokens is not None
+
+
+def _multiple(asked: int | str, device: torch.device | None = None, count: int = 0) -> int:
+    """What a number of units, or of channels (no device), stays a multiple of.
+
+    Where the device decides, narrow layers go in finer steps, so that a budget is met.
+    """
+    if asked != AUTO:
+        return int(asked)
+    multiple = 32 if device is not None and device.type == "cuda" else 8
+    while multiple > 8 and count < STEPS * multiple:
+        multiple //= 2
+    return multiple
+
+
 def _thinned(alike: Sequence[Scored], strength: float, multiple: int) -> Decisions:
     """Decisions on channels, when the lowest `strength` of all that are comparable go."""
     groups = [one.group(multiple) for one in alike]
@@ -200,16 +231,17 @@ def _kept(scores: Sequence[Tensor], strength: float, sizes: Sequence[int]) -> li
     """Members that stay, per site, when the lowest `strength` of all members go.
 
     Members are removed in groups (`sizes`, per site), the lowest of a site together, ranked by
-    their mean; so what stays is a multiple wherever the site was one. One group stays everywhere.
+    their mean. The first group is what a site has beyond a multiple, so that what stays is one
+    wherever anything went. One whole group stays everywhere.
     """
     groups = []
     for site, (score, group) in enumerate(zip(scores, sizes, strict=True)):
         order = _order(score)
-        pieces = [order[i : i + group] for i in range(0, len(order), group)]
+        starts = [0, *range(len(order) % group or group, len(order), group)]
         groups += [
             (sum(float(score[i]) for i in piece) / len(piece), site, place, piece)
-            for place, piece in enumerate(pieces[:-1])
-            if len(piece) == group
+            for place, (start, end) in enumerate(itertools.pairwise(starts))
+            for piece in [order[start:end]]
         ]
     ranked = sorted(groups)
     going = ranked[: math.floor(strength * len(ranked) + 1e-9)]

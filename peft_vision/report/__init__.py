@@ -15,6 +15,7 @@ from peft_vision.report.content import (
     Command,
     Kept,
     Overlay,
+    Ranking,
     Reading,
     ReportContent,
     Speed,
@@ -26,6 +27,7 @@ __all__ = [
     "Command",
     "Kept",
     "Overlay",
+    "Ranking",
     "Reading",
     "ReportContent",
     "Speed",
@@ -98,6 +100,8 @@ def _charts(content: ReportContent) -> dict[str, str]:
         charts["hidden"] = figures.hidden_per_block(blocks)
     if content.patches and any(block.tokens is not None for block in blocks):
         charts["tokens"] = figures.tokens_per_block(blocks, content.patches)
+    if content.ranking:
+        charts["rank"] = figures.rank_of_heads(content.ranking.rank)
     return charts
 
 

@@ -82,7 +82,7 @@ def overlays_of(
 
 
 def _is_packed(decision: Json) -> bool:
-    return isinstance(decision, dict) and set(decision) == {"of", "bits"}
+    return isinstance(decision, dict) and {"of", "bits"} <= set(decision)
 
 
 def _tokens_left(model: nn.Module, images: Tensor, depth: int) -> dict[int, int]:

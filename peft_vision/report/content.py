@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,26 @@ class Overlay:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """What the attention heads of a model are worth.
+
+    Attributes:
+        model: which one was looked at, such as "dense".
+        images: how many it was looked at with.
+        rank: blocks x heads: mean rank over the scores in [0, 1], 1 = keep first; None: no head.
+        agreement: score -> Kendall's tau with leaving heads out one by one; None where a score
+            tells nothing apart.
+        notes: which scores were left out, and why.
+    """
+
+    model: str
+    images: int
+    rank: Sequence[Sequence[float | None]]
+    agreement: Mapping[str, float | None]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Command:
     """A command to try next, and what it does."""
 
@@ -123,6 +143,7 @@ class ReportContent:
         budget: the share of the first reading's FLOPs that was asked for.
         patches: patch tokens that enter the first block.
         blocks: what is left of each block of the final model, first to last.
+        ranking: of the attention heads.
         overlays: images with the patches that were kept.
         settings: what was run, by name.
         versions: of the libraries, by name.
@@ -138,6 +159,7 @@ class ReportContent:
     budget: float | None = None
     patches: int | None = None
     blocks: tuple[Block, ...] = ()
+    ranking: Ranking | None = None
     overlays: tuple[Overlay, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -82,34 +82,30 @@ def accuracy_against_cost(content: ReportContent) -> str:
 
 def heads_per_block(blocks: Sequence[Block]) -> str:
     """Draw one cell for each attention head: filled if it is left, an outline if it went."""
+    most = max((block.heads.of for block in blocks if block.heads), default=1)
 
     def draw(axes: Axes) -> None:
-        from matplotlib.patches import FancyBboxPatch
-
-        most = max((block.heads.of for block in blocks if block.heads), default=1)
         for number, block in enumerate(blocks, start=1):
             kept = block.heads or Kept(0, ())
             for head in range(kept.of):
-                stays = head in kept.indices
-                cell = FancyBboxPatch(
-                    (number - 0.38, head + 0.64),
-                    0.76,
-                    0.72,
-                    boxstyle="round,pad=0,rounding_size=0.08",
-                    facecolor=_ACCENT if stays else "none",
-                    edgecolor=_ACCENT if stays else _MUTED,
-                    linewidth=0.8,
-                    linestyle="-" if stays else (0, (2, 2)),
-                )
-                axes.add_patch(cell)
-        axes.grid(visible=False)
-        axes.set_ylim(most + 0.6, 0.4)
-        axes.set_yticks(_few(most))
-        axes.set_ylabel("head")
-        _label_blocks(axes, len(blocks))
+                _draw_head(axes, number, head, 1.0 if head in kept.indices else None)
+        _label_heads(axes, len(blocks), most)
 
-    most = max((block.heads.of for block in blocks if block.heads), default=1)
-    return _svg("heads", (_WIDTH, min(0.9 + 0.24 * most, 5.5)), draw)
+    return _svg("heads", _size_of(most), draw)
+
+
+def rank_of_heads(rank: Sequence[Sequence[float | None]]) -> str:
+    """Draw one cell for each attention head: the fuller, the sooner it is to be kept."""
+    most = max(len(row) for row in rank)
+
+    def draw(axes: Axes) -> None:
+        for number, row in enumerate(rank, start=1):
+            for head, value in enumerate(row):
+                if value is not None:
+                    _draw_head(axes, number, head, value)
+        _label_heads(axes, len(rank), most)
+
+    return _svg("rank", _size_of(most), draw)
 
 
 def hidden_per_block(blocks: Sequence[Block]) -> str:
@@ -146,6 +142,36 @@ def tokens_per_block(blocks: Sequence[Block], patches: int) -> str:
         _label_blocks(axes, len(blocks))
 
     return _svg("tokens", (_WIDTH, 2.5), draw)
+
+
+def _draw_head(axes: Axes, block: int, head: int, filled: float | None) -> None:
+    """Fill one cell by a share in [0, 1]; None: a dashed outline."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import FancyBboxPatch
+
+    cell = FancyBboxPatch(
+        (block - 0.38, head + 0.64),
+        0.76,
+        0.72,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        facecolor="none" if filled is None else to_rgba(_ACCENT, filled),
+        edgecolor=_MUTED if filled is None else _ACCENT,
+        linewidth=0.8,
+        linestyle=(0, (2, 2)) if filled is None else "-",
+    )
+    axes.add_patch(cell)
+
+
+def _label_heads(axes: Axes, blocks: int, heads: int) -> None:
+    axes.grid(visible=False)
+    axes.set_ylim(heads + 0.6, 0.4)
+    axes.set_yticks(_few(heads))
+    axes.set_ylabel("head")
+    _label_blocks(axes, blocks)
+
+
+def _size_of(heads: int) -> tuple[float, float]:
+    return _WIDTH, min(0.9 + 0.24 * heads, 5.5)
 
 
 def _limit_accuracies(axes: Axes, content: ReportContent) -> None:

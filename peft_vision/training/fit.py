@@ -37,6 +37,7 @@ def fit(
     run_dir: Path | None = None,
     log_dir: Path | None = None,
     seed: int = 0,
+    keep_better: bool = False,
 ) -> dict[str, float]:
     """Train `model` in place; it is left in evaluation mode on the device it was trained on.
 
@@ -52,9 +53,12 @@ def fit(
             the same. None: no checkpoints.
         log_dir: log.jsonl and TensorBoard events; None: `run_dir`/logs, or none without a run_dir.
         seed: of the batch order and of dropout.
+        keep_better: validate before, too, and go back to the weights that were there where training
+            has not lowered the loss.
 
     Returns:
-        The final validation figures of the task (fractions in [0, 1]), and `seconds` and `steps`.
+        The final validation figures of the task (fractions in [0, 1]), and `seconds` and `steps`;
+        with `keep_better`, `kept`: 1.0 where training was of use, else 0.0.
 
     Raises:
         BadSetting: nothing is trainable, the batch cannot be divided over the processes, or a
@@ -77,12 +81,31 @@ def fit(
             trainer.args.save_strategy = "no"
         start = time.perf_counter()
         with leaned(model, settings):
+            earlier = _Earlier(trainer) if keep_better else None
             _train(trainer, checkpoints.latest(folder))
             figures = trainer.figures()
+            if earlier is not None:
+                figures = earlier.or_better(figures)
             trainer.release()
     model.eval()
     steps = float(trainer.state.global_step)
     return {**figures, "seconds": time.perf_counter() - start, "steps": steps}
+
+
+class _Earlier:
+    """A model before it is trained: its figures, and its weights to go back to."""
+
+    def __init__(self, trainer: VisionTrainer) -> None:
+        self.model = trainer.model
+        self.figures = trainer.figures()
+        self.weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+
+    def or_better(self, figures: dict[str, float]) -> dict[str, float]:
+        """These figures, if they are better; else the earlier ones, with the weights put back."""
+        better = figures["loss"] < self.figures["loss"]
+        if not better:
+            self.model.load_state_dict(self.weights)
+        return {**(figures if better else self.figures), "kept": float(better)}
 
 
 def _check(model: nn.Module, train_set: Dataset[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from peft_vision.errors import BadSetting, UnsupportedSite
 from peft_vision.method import Evidence, make
 from peft_vision.plan import unpack_indices
 from peft_vision.pruners._refit_scores import refit_scores
+from tests.families import timm_vit
 
 Tiny = Callable[..., nn.Module]
 
@@ -67,6 +69,45 @@ def test_units_stay_in_multiples(tiny_timm: Tiny, multiple: int) -> None:
     counts = [site.count for site in view(model.plain_model).hidden]
     assert all(count % multiple == 0 or count == 192 for count in counts)
     assert all(count > 0 for count in counts)
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_what_stays_is_a_multiple_where_the_count_was_none(multiple: int) -> None:
+    """LLaMA's two thirds of four times the width, for instance."""
+    model = timm_vit(mlp_ratio=2730 / 32, depth=2)
+    for ratio in (0.05, 0.5, 1.0):
+        method = make("magnitude", {"multiple": multiple, "heads": False, "score": "weights"})
+        decisions = method.decide(view(model), ratio, Evidence())
+        counts = [len(unpack_indices(d)) for d in decisions.values()]
+        assert counts
+        assert all(count % multiple == 0 for count in counts)
+    assert counts == [multiple, multiple]
+    few = make("magnitude", {"multiple": 256, "heads": False})
+    assert few.decide(view(timm_vit()), 1.0, Evidence()) == {}, "128 units, fewer than one group"
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "multiple"), [("cpu", 512, 8), ("cuda", 512, 32), ("cuda", 192, 16)]
+)
+def test_the_device_decides_what_units_stay_a_multiple_of(
+    monkeypatch: pytest.MonkeyPatch, device: str, width: int, multiple: int
+) -> None:
+    """Where it is left to it; and replay does not ask again."""
+    model, where = timm_vit(mlp_ratio=width / 32), torch.device(device)
+    monkeypatch.setattr("peft_vision.pruners.magnitude.device_of", lambda _: where)
+    method = make("magnitude", {"heads": False})
+    tried = [method.decide(view(model), ratio / 10, Evidence()) for ratio in range(2, 9)]
+    counts = [{key: len(unpack_indices(d)) for key, d in decided.items()} for decided in tried]
+    assert math.gcd(width, *(count for found in counts for count in found.values())) == multiple
+    monkeypatch.undo()
+    method.apply(view(model), tried[3])
+    assert {site.key: site.count for site in view(model).hidden} == counts[3]
+
+
+@pytest.mark.parametrize("multiple", ["fast", 0, 257, True])
+def test_the_multiple_has_a_range(multiple: object) -> None:
+    with pytest.raises(BadSetting, match="multiple is"):
+        make("magnitude", {"multiple": multiple})
 
 
 def test_one_of_each_stays_at_full_strength(tiny_timm: Tiny) -> None:

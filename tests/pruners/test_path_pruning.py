@@ -23,7 +23,9 @@ from peft_vision.layers.trunk import Trunk, kept_positions
 from peft_vision.method import Evidence, make
 from peft_vision.plan import Plan
 from peft_vision.pruners import _path_ranking as ranking
+from peft_vision.pruners import _path_stand_ins as stand_ins
 from peft_vision.pruners._path_probe import Probe
+from peft_vision.pruners._path_scores import BY_IMAGES, taylor
 from tests.families import (
     CLASS_POOLED,
     DEPTH,
@@ -226,7 +228,7 @@ def test_room_for_the_mean_is_made_with_data_and_when_asked() -> None:
 def test_a_mean_that_is_worse_than_nothing_does_not_stay() -> None:
     branch = (1, "mlp")
     probe = Probe(view(build("timm_vit", dtype=torch.float64)), data(build("timm_vit")), 8)
-    nothing = probe.harms(ranking.absent(probe, [branch]))[branch]
+    nothing = probe.harms(stand_ins.absent(probe, [branch]))[branch]
     for amount in (0.0, 0.3, 3.0, 30.0):
         constant = Absent(32).double()
         nn.init.normal_(constant.offset, std=amount)
@@ -281,10 +283,52 @@ def test_scoring_again_is_better_than_once(mode: str) -> None:
     if mode == "remove":
         probe = Probe(view(model), data(model), 64)
         branches = [(0, "mlp"), (1, "mlp"), (2, "mlp")]
-        alone = probe.harms(ranking.absent(probe, branches))
+        alone = probe.harms(stand_ins.absent(probe, branches))
         assert max(alone[branches[0]], alone[branches[1]]) < alone[branches[2]]
         one_shot = harm_of(model, ["blocks.0.mlp", "blocks.1.mlp"])
         assert harm_of(model, greedy[:2]) < 0.9 * one_shot
+
+
+def cut_so_far(model: nn.Module, keys: list[str], mode: str) -> nn.Module:
+    """A copy of a model without these branches, or without their votes."""
+    if mode == "votes":
+        votes: dict[str, Any] = {key: {"vote": False} for key in keys}
+        return cut(copy.deepcopy(model), {"tokens.votes": {"rows": 1}, **votes})
+    return cut(copy.deepcopy(model), {key: {"absent": True, "offset": False} for key in keys})
+
+
+@pytest.mark.parametrize("rank", ["taylor", "influence"])
+@pytest.mark.parametrize("mode", ["remove", "votes"])
+def test_next_goes_what_would_go_first_of_what_is_left(mode: str, rank: str) -> None:
+    """Of the model without those that have gone: scores are taken again, by every rank."""
+    model = build("timm_vit", dtype=torch.float64)
+    with torch.no_grad():
+        for site in view(model).linears:
+            if site.role in ("out", "down"):
+                site.layer.weight *= 8.0  # so that branches depend on each other
+    settings = {"mode": mode, "rank": rank, "mean": False}
+    found = without_entry(order(model, **settings))
+    assert len(found) >= 6
+    x, _ = data(model)[0]
+    for count in range(1, 6):
+        smaller = cut_so_far(model, found[:count], mode)
+        # Answers are the log-probabilities of the classes that the whole model chooses.
+        if rank == "influence" or run(smaller, x).argmax(-1).equal(run(model, x).argmax(-1)):
+            assert without_entry(order(smaller, **settings))[0] == found[count]
+
+
+def without_entry(keys: list[str]) -> list[str]:
+    return [key for key in keys if key != "tokens.entry"]
+
+
+@pytest.mark.parametrize("rank", ["leave_one_out", "taylor"])
+def test_the_order_is_the_same_where_only_the_class_token_goes_on(rank: str) -> None:
+    """Nobody reads what the last block with attention would make of patches."""
+    model = build("timm_vit", dtype=torch.float64)
+    pooled = unwrap(pv.wrap(copy.deepcopy(model), "pooled_last_block"))
+    found = order(model, rank=rank)
+    assert order(pooled, rank=rank) == found
+    assert "blocks.3.attention" in found
 
 
 def harm_of(model: nn.Module, keys: list[str]) -> float:
@@ -299,14 +343,15 @@ def harm_of(model: nn.Module, keys: list[str]) -> float:
 def test_the_harm_of_one_branch_is_that_of_the_model_without_it() -> None:
     model = build("timm_deit_distilled", dtype=torch.float64)
     probe = Probe(view(model), data(model), 8)
-    found = probe.harms(ranking.absent(probe, BRANCHES))
+    found = probe.harms(stand_ins.absent(probe, BRANCHES))
     for branch in BRANCHES:
         assert found[branch] * 8 == pytest.approx(harm_of(model, [key_of(branch)]), rel=1e-6)
 
 
 def test_taylor_is_the_derivative_of_each_image() -> None:
     model = build("timm_vit", dtype=torch.float64)
-    scores = ranking.taylor(Probe(view(model), data(model), 8), BRANCHES)
+    probe = Probe(view(model), data(model), 8)
+    scores = taylor(probe, stand_ins.absent(probe, BRANCHES))
     site = next(s for s in view(model).linears if s.block == 1 and s.role == "down")
     weight, bias = site.layer.weight.detach().clone(), site.layer.bias.detach().clone()
     total, step = 0.0, 1e-5
@@ -319,15 +364,39 @@ def test_taylor_is_the_derivative_of_each_image() -> None:
                 site.layer.bias.copy_(w * bias)
             ends.append(run(model, x).log_softmax(-1).gather(-1, chosen).squeeze(-1))
         total += float(((ends[0] - ends[1]) / (2 * step)).abs().sum())
-    assert scores[1, "mlp"] == pytest.approx(total, rel=1e-5)
+    assert scores[1, "mlp"] == pytest.approx(total / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["means", "fitted"])
+def test_taylor_and_influence_judge_what_stands_in_the_place(kind: str) -> None:
+    """A step towards the substitute's stream, and the angle between both streams."""
+    model = build("timm_dinov2", dtype=torch.float64)
+    probe, branch = Probe(view(model), data(model), 8), (1, "mlp")
+    (module,) = getattr(stand_ins, kind)(probe, [branch]).values()
+    total, step, angles = 0.0, 1e-5, []
+    for number, batch in enumerate(probe.batches):
+        whole = halfway = probe.step(batch, 0, probe.start(batch))
+        whole = probe.step(batch, 1, halfway)
+        with probe.instead(branch, module), torch.no_grad():
+            other = probe.step(batch, 1, halfway)
+        ends = []
+        for w in (step, -step):
+            x = whole.x + w * (other.x - whole.x)
+            ends.append(probe.answers(number, probe.finish(batch, 2, whole._replace(x=x))))
+        total += float(((ends[0] - ends[1]) / (2 * step)).abs().sum())
+        angles.append(1 - nn.functional.cosine_similarity(whole.x, other.x, dim=-1))
+    found = BY_IMAGES["taylor"](probe, {branch: module})
+    assert found[branch] == pytest.approx(total / 8, rel=1e-5)
+    found = BY_IMAGES["influence"](probe, {branch: module})
+    assert found[branch] == pytest.approx(float(torch.cat(angles).mean()), rel=1e-9)
 
 
 def test_features_are_compared_where_there_are_no_classes() -> None:
     model = build("hf_dinov2", dtype=torch.float64)
     probe = Probe(view(model), data(model), 8)
     assert not probe.classifies
-    assert min(probe.harms(ranking.absent(probe, BRANCHES)).values()) > 0
-    assert min(ranking.taylor(probe, BRANCHES).values()) > 0
+    assert min(probe.harms(stand_ins.absent(probe, BRANCHES)).values()) > 0
+    assert min(taylor(probe, stand_ins.absent(probe, BRANCHES)).values()) > 0
 
 
 def test_a_limit_of_images_is_kept_and_the_model_is_not_touched() -> None:
@@ -335,7 +404,7 @@ def test_a_limit_of_images_is_kept_and_the_model_is_not_touched() -> None:
     before = copy.deepcopy(model.state_dict())
     names = [name for name, _ in model.named_modules()]
     probe = Probe(view(model), data(model, batches=3), 6)
-    ranking.greedy(probe, BRANCHES[:4], BRANCHES, ranking.means)
+    ranking.greedy(probe, BRANCHES[:4], BRANCHES, stand_ins.means)
     assert [len(batch.images) for batch in probe.batches] == [4, 2]
     assert [name for name, _ in model.named_modules()] == names
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -502,9 +571,26 @@ def test_the_best_linear_map_stands_in_while_mlps_are_ranked() -> None:
     model = build("timm_vit", dtype=torch.float64)
     probe = Probe(view(model), data(model), 8)
     mlps = [b for b in BRANCHES if b[1] == "mlp"]
-    fitted = probe.harms(ranking.fitted(probe, mlps))
-    nothing = probe.harms(ranking.absent(probe, mlps))
+    fitted = probe.harms(stand_ins.fitted(probe, mlps))
+    nothing = probe.harms(stand_ins.absent(probe, mlps))
     assert sum(fitted.values()) < sum(nothing.values())
+
+
+@pytest.mark.parametrize("rank", ["auto", "leave_one_out", "taylor", "influence"])
+def test_an_mlp_whose_activation_does_nothing_loses_it_first(rank: str) -> None:
+    """Although it adds more than any other: not the MLP goes but its activation."""
+    model = build("timm_vit", dtype=torch.float64)
+    mlp = model.blocks[1].mlp
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight *= 4.0
+        mlp.fc1.bias += 50.0  # where GELU is the identity
+        mlp.fc2.weight *= 3.0
+        mlp.fc2.bias -= 50.0 * mlp.fc2.weight.sum(1)
+    assert order(model, rank=rank, branches="mlp")[0] != "blocks.1.mlp"
+    found = order(model, rank=rank, mode="activations")
+    assert found[0] == "blocks.1.mlp"
+    assert len(found) == DEPTH
 
 
 # Plans, folders, other methods

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import peft_vision as pv
+from peft_vision import mask_training
 from peft_vision.backbones import view
 from peft_vision.cost import count_flops, measure, twin, unwrap
+from peft_vision.data.settings import DataSettings
+from peft_vision.data.source import open_split
 from peft_vision.errors import BadSetting, BudgetUnreachable, DataError, UnsupportedSite
+from peft_vision.exporting import export
+from peft_vision.history import History
 from peft_vision.layers.absent import Absent
 from peft_vision.layers.gate_control import Controller, controller_in
 from peft_vision.layers.gates import Gated
@@ -21,7 +27,8 @@ from peft_vision.layers.traits import Temporary, penalties
 from peft_vision.mask_training import prepare, settle
 from peft_vision.method import Evidence, make
 from peft_vision.plan import unpack_indices
-from tests.families import SIZE, build, features, images, run
+from peft_vision.result import Result
+from tests.families import FAMILIES, NO_TOKENS, SIZE, build, features, images, run
 
 SOME = (
     *("timm_vit", "timm_vit_normed", "timm_deit_distilled", "timm_dinov2_registers"),
@@ -30,6 +37,8 @@ SOME = (
 FEW = ("timm_vit", "timm_eva02_small")
 KINDS = ("width", "heads", "hidden", "branches")
 ABSENT = ("blocks.1.attention", "blocks.2.mlp")
+EVERY = [name for name in (*FAMILIES, *NO_TOKENS) if name != "generic_cnn"]  # which has no heads
+STREAM_IS_READ = ("hf_clip_classifier", "timm_vit_post_norm", "timm_eva_post_norm")
 
 
 def gated(family: str, **settings: Any) -> tuple[nn.Module, Any, Controller]:
@@ -84,6 +93,52 @@ def test_gates_start_open_and_settle_exactly(family: str) -> None:
     assert (cut - masked).abs().max() < 1e-10
     counted = measure(model).flops / measure(dense).flops
     assert abs(foretold - counted) < 0.01 * counted, "the expected cost is that of the cut model"
+
+
+def unused(model: nn.Module) -> set[str]:
+    """Trained parameters that no loss reaches."""
+    training_output(model, images(model)).square().sum().backward()
+    left = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return {name.replace(".inner.", ".") for name in left}
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_sliced_equals_masked_and_nothing_dead_stays(family: str) -> None:
+    assert len(EVERY) >= 31
+    model, method, control = gated(family, width=family not in STREAM_IS_READ)
+    learn(control)
+    x = images(model)
+    masked = run(model, x)
+    learned = method.settle(view(model))
+    decisions = method.decide(view(model), learned["strength"], Evidence(learned=learned))
+    method.apply(view(model), decisions)
+    cut = run(model, x)
+    if cut.shape != masked.shape:
+        masked = masked[..., unpack_indices(decisions["width"])]
+    assert (cut - masked).abs().max() < 1e-10
+    absent = [key for key, decision in decisions.items() if decision == "absent"]
+    assert absent == ([] if family in NO_TOKENS else list(ABSENT))
+    names = [name.removesuffix(".weight") for name, _ in model.named_parameters()]
+    gone = {f"{number}.{part}" for number, part in ((1, "norm1"), (2, "norm2"))}
+    assert not [n for n in names if absent and n.split("blocks.")[-1] in gone], "norms go, too"
+    assert unused(model) <= unused(build(family, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", ["timm_vit", "timm_deit_distilled", "timm_eva_dinov3", "hf_vit"])
+def test_what_a_pooled_last_block_costs_is_foretold(family: str) -> None:
+    model, exact = build(family, dtype=torch.float64), make("pooled_last_block")
+    exact.apply(view(model), exact.decide(view(model), 1.0, Evidence()))
+    whole, method = measure(model).flops, make("vib", {"multiple": 1})
+    method.attach(view(model), 0.5)
+    control = controller_in(model)
+    assert control is not None
+    assert 2 * sum(term.macs for term in control.terms) == pytest.approx(whole, rel=1e-6)
+    learn(control)
+    foretold = control.settled()
+    learned = method.settle(view(model))
+    decisions = method.decide(view(model), learned["strength"], Evidence(learned=learned))
+    method.apply(view(model), decisions)
+    assert foretold == pytest.approx(measure(model).flops / whole, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,6 +215,7 @@ def test_gates_alone_are_trained_unless_told() -> None:
     make("vib").settle(view(frozen))
     assert [n for n, p in frozen.named_parameters() if not p.requires_grad] == ["cls_token"]
     assert method.data_share == 1.0
+    assert make("vib").data_share is None, "gates alone take what their steps take"
     assert make("vib", {"train": "fast", "share": 0.1}).data_share == 0.1
 
 
@@ -183,6 +239,7 @@ def test_gating_costs_nothing_in_the_count() -> None:
         ({"train": "half"}, "masks, fast, full"),
         ({"kl": -1.0}, "kl"),
         ({"speed": 0.5}, "speed"),
+        ({"weight_rate": 0.0}, "weight_rate"),
         (dict.fromkeys(KINDS, False), "Nothing is gated"),
     ],
 )
@@ -370,6 +427,137 @@ def test_weights_are_trained_too_on_a_share_of_the_images() -> None:
     features_only = build("hf_dinov3")
     learned = prepare(features_only, make("vib"), [torch.randn(4, 3, SIZE, SIZE)], 0.6, epochs=1)
     assert "width" in learned["log_alpha"]
+
+
+def test_gates_get_to_the_target() -> None:
+    torch.manual_seed(0)
+    model, method = build("timm_vit"), make("vib", {"steps": 100, "multiple": 1})
+    batches = list(torch.randn(16, 3, SIZE, SIZE).split(8))
+    learned = prepare(model, method, batches, 0.6, batch_size=8)
+    assert learned["expected"] == pytest.approx(0.6, abs=0.02)
+    assert learned["notes"] == []
+    decisions = method.decide(view(model), learned["strength"], Evidence(learned=learned))
+    method.apply(view(model), decisions)
+    assert measure(model).flops / measure(build("timm_vit")).flops == pytest.approx(0.6, abs=0.05)
+
+
+def test_gates_learn_as_fast_whatever_the_weights_do() -> None:
+    x, y = torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 5
+    moved = {}
+    for train in ("masks", "full"):
+        model = build("timm_vit")
+        prepare(model, make("vib", {"train": train, "kl": 0.0}), [(x, y)], 0.5, epochs=4)
+        weight = model.blocks[0].attn.qkv.weight
+        moved[train] = (weight - build("timm_vit").blocks[0].attn.qkv.weight).abs().max().item()
+    assert moved["masks"] == 0
+    assert 0 < moved["full"] <= 4 * 5e-5 * 1.5, "weights have their own rate"
+    control = gated("timm_vit")[2]
+    control.hasten(20.0)
+    assert {control.speed, *(gate.speed for gate in control.gates.values())} == {2000.0}
+
+
+Fitted = list[tuple[int, int, float, float]]
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> Fitted:
+    """(images, epochs, learning rate, weight of the teacher) of each training; it is not run."""
+    seen: Fitted = []
+
+    def note(model: Any, task: Any, data: Any, validation: Any, settings: Any, **_: Any) -> None:
+        assert set(data[0]) == {"pixel_values", "labels"}
+        seen.append((len(data), settings.epochs, settings.learning_rate, task.weight))
+
+    monkeypatch.setattr(mask_training, "fit", note)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train": "masks", "steps": 2}, (64, 1, 1e-3, 1.0)),
+        ({"train": "masks", "steps": 400}, (600, 22, 1e-3, 1.0)),
+        ({"train": "fast"}, (18, 400, 5e-5, 0.5)),
+        ({"train": "full"}, (600, 22, 5e-5, 0.5)),
+    ],
+)
+def test_a_folder_is_used_as_the_card_says(
+    image_folder: Callable[..., Path],
+    fitted: Fitted,
+    settings: dict[str, Any],
+    expected: tuple[int, int, float, float],
+) -> None:
+    folder = image_folder(classes=("a", "b", "c", "d", "e"), images=120, size=8)
+    method = make("vib", {"multiple": 1, "branches": False, **settings})
+    pv.compress(build("timm_vit"), target_flops=0.6, methods=method, data=folder)
+    assert fitted == [expected]
+
+
+def test_labels_that_are_not_the_models_are_not_used(
+    image_folder: Callable[..., Path], fitted: Fitted
+) -> None:
+    folder, full = (
+        image_folder(classes=("a", "b"), splits=("train",)),
+        make("vib", {"train": "full"}),
+    )
+    said = prepare(build("timm_vit"), full, folder, 0.6)["notes"]
+    assert "2 classes, and the model 5" in said[0]
+    split = open_split(DataSettings(train=str(folder)), 0)
+    two = build("timm_vit")
+    two.reset_classifier(2)
+    assert "not used" not in prepare(two, full, split, 0.6)["notes"][0]
+    known = History(labels=["x", "y"])
+    other = copy.deepcopy(build("timm_vit"))
+    other.reset_classifier(2)
+    said = prepare(other, full, split, 0.6, history=known)["notes"]
+    assert "that the model was not trained on" in said[0]
+    loose = prepare(build("timm_vit"), full, folder / "train" / "a", 0.6)["notes"]
+    assert "no class folders" in loose[0]
+    strange = [(torch.randn(4, 3, SIZE, SIZE), torch.full((4,), 7))]
+    assert "not classes 0 to 4" in prepare(build("timm_vit"), full, strange, 0.6)["notes"][0]
+    assert [(count, weight) for count, *_, weight in fitted] == [
+        (12, 1.0), (10, 0.5), (10, 1.0), (6, 1.0), (4, 1.0)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compressed() -> Result:
+    torch.manual_seed(0)
+    batches = list(torch.randn(16, 3, SIZE, SIZE).split(8))
+    method = make("vib", {"multiple": 2, "steps": 12, "speed": 400.0, "branches": False})
+    return pv.compress(build("timm_vit"), target_flops=0.6, methods=method, data=batches)
+
+
+def test_a_budget_is_met_behind_the_exact_steps(compressed: Result, tmp_path: Path) -> None:
+    model = build("timm_vit")
+    assert 0.98 * 0.6 < measure(compressed.model).flops / measure(model).flops <= 0.6
+    steps = compressed.plan.steps
+    assert [step.method for step in steps] == ["pooled_last_block", "vib"]
+    exact = build("timm_vit")
+    make("pooled_last_block").apply(view(exact), steps[0].decisions)
+    left = 0.6 * measure(model).flops / measure(exact).flops
+    assert any(f"{left:.3f} was aimed at" in note for note in compressed.notes)
+    compressed.save_pretrained(tmp_path / "out")
+    again = pv.load(tmp_path / "out", base=build("timm_vit", seed=1))
+    x = images(model)
+    assert torch.equal(run(again, x), run(compressed.model, x))
+
+
+def test_exact_steps_that_save_too_much_are_not_taken() -> None:
+    model, batches = build("timm_vit"), [torch.randn(4, 3, SIZE, SIZE)]
+    method = make("vib", {"multiple": 1, "steps": 4})
+    result = pv.compress(model, target_flops=0.95, methods=method, data=batches)
+    assert [step.method for step in result.plan.steps] == ["vib"]
+    assert any("0.950 was aimed at" in note for note in result.notes)
+    assert 0.98 * 0.95 < result.ratio <= 0.95
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch.export"])
+def test_what_is_left_exports_with_a_dynamic_batch(
+    compressed: Result, tmp_path: Path, format: str
+) -> None:
+    path = tmp_path / {"onnx": "m.onnx", "torch.export": "m.pt2"}[format]
+    assert export(compressed.model, path, format=format).batch_sizes_checked == (1, 2, 5)
 
 
 def test_preparing_needs_images() -> None:
