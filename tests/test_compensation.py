@@ -306,6 +306,27 @@ def test_a_bias_that_was_not_there_is_structure(tmp_path: Path) -> None:
     assert torch.equal(run(again, batches[0]), run(smaller, batches[0]))
 
 
+def test_images_are_shown_to_the_model_as_it_will_run() -> None:
+    torch.manual_seed(0)
+    model = timm_vit(drop_path_rate=0.5, proj_drop_rate=0.5).double()
+    batches, results = calibration(model), []
+    for training in (False, True):
+        one = copy.deepcopy(model).train(training)
+        smaller = pv.wrap(one, "magnitude", ratio=0.5, data=batches)
+        assert smaller.plain_model.training == training
+        results.append(run(smaller, batches[0]))
+    assert torch.equal(*results)
+
+
+def test_no_bias_is_decided_where_nothing_is_fitted() -> None:
+    model = model_of("timm_vit_biasless").float()
+    batches = [x.float() for x in calibration(model)]
+    result = pv.compress(
+        model, target_flops=0.7, methods="magnitude", data=batches, compensate="none"
+    )
+    assert "bias" not in str(result.plan.steps[-1].decisions)
+
+
 def test_a_mean_that_nothing_can_take_is_said(caplog: pytest.LogCaptureFixture) -> None:
     model = model_of("timm_vit_biasless")
     batches, method = calibration(model), make("magnitude", {"heads": False})

@@ -200,7 +200,7 @@ def _score(site: HeadsSite | HiddenSite) -> Tensor:
 
 def _is_fitted(backbone: Backbone, evidence: Evidence) -> bool:
     """Whether what stays is fitted again afterwards."""
-    return evidence.batches is not None and backbone.tokens is not None
+    return evidence.batches is not None and evidence.fits and backbone.tokens is not None
 
 
 def _multiple(asked: int | str, device: torch.device | None = None, count: int = 0) -> int:
