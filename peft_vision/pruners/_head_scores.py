@@ -30,6 +30,20 @@ def check_score(score: str) -> None:
         raise BadSetting(f"score is {score!r}; possible: {', '.join(known)}.")
 
 
+def require_heads(score: str, backbone: Backbone, *, used: bool = True) -> None:
+    """Refuse a named score where there are no heads that it could rank.
+
+    Args:
+        used: heads may go at all.
+
+    Raises:
+        BadSetting: there are none.
+    """
+    if score not in OWN and not (used and backbone.heads):
+        why = "there are none here" if used else "they all stay"
+        raise BadSetting(f"score is {score!r}, which ranks attention heads, and {why}.")
+
+
 def images_by(score: str, evidence: Evidence) -> Iterable[Any] | None:
     """The images that a pruner's own ranking goes by; None where it goes by the weights.
 

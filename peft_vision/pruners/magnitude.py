@@ -26,7 +26,7 @@ from peft_vision.layers.train_linear import require_cuttable
 from peft_vision.method import Evidence, Method, Stage, check_range
 from peft_vision.plan import Decisions, pack_indices, unpack_indices
 from peft_vision.pruners._channel_scores import STEPS, Scored, channel_scores, has_channels
-from peft_vision.pruners._head_scores import check_score, images_by, named_scores
+from peft_vision.pruners._head_scores import check_score, images_by, named_scores, require_heads
 from peft_vision.pruners._refit_scores import refit_scores
 
 AUTO = "auto"
@@ -91,6 +91,7 @@ class Magnitude(Method):
 
         And whether the linear that reads them is given a bias, where it is fitted and has none.
         """
+        require_heads(self.score, backbone, used=self.heads)
         decisions: Decisions = {}
         present = [kind for kind in ("heads", "hidden") if getattr(backbone, kind)]
         for kind in present:

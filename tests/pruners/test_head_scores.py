@@ -195,3 +195,9 @@ def test_likings_are_comparable_whatever_the_numbers_of_a_score() -> None:
         found = standardized(torch.tensor(score, dtype=torch.float64))
         torch.testing.assert_close(found.tolist(), [-(1.5**0.5), 0.0, 1.5**0.5])
     assert standardized(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("family", "heads"), [("generic_cnn", True), ("timm_vit", False)])
+def test_a_score_without_heads_to_rank_is_refused(family: str, heads: bool) -> None:
+    with pytest.raises(BadSetting, match="ranks attention heads"):
+        pv.wrap(build(family), "magnitude", score="weight_norm", heads=heads)
