@@ -60,6 +60,11 @@ class HousedAttention(OwnAttention, ABC):
         return self.branch(x, rope, attn_mask=mask).branch
 
 
+def mask_of(mask: Tensor | None, rows: int | None) -> Tensor | None:
+    """A mask that broadcasts to B H N N, for this many first queries; None for all."""
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., :rows, :]
+
+
 def bias_of(mask: Tensor | None, key_bias: Tensor | None, q: Tensor) -> Tensor | None:
     """What is added to logits, as attention kernels take it: the mask, or the bias of the keys.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_vision.layers.attention import Attended, branch_of
 from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.head_surgery import keep_heads
-from peft_vision.layers.housed_attention import HousedAttention, bias_of
+from peft_vision.layers.housed_attention import HousedAttention, bias_of, mask_of
 from peft_vision.layers.surgery import select_parameter
 
 
@@ -63,9 +63,7 @@ class NarrowAttention(HousedAttention):
         **masks: Any,
     ) -> Attended:
         """See `branch_of`."""
-        mask = bias_of(masks.get("attn_mask"), None, x)
-        if mask is not None and mask.shape[-2] != 1:
-            mask = mask[..., :rows, :]
+        mask = mask_of(bias_of(masks.get("attn_mask"), None, x), rows)
         return branch_of(
             self.attention,
             self.parts,

@@ -30,7 +30,7 @@ from peft_vision.layers.chosen import (
 )
 from peft_vision.layers.head_routing import HeadRouting
 from peft_vision.layers.head_surgery import keep_heads
-from peft_vision.layers.housed_attention import HousedAttention, bias_of
+from peft_vision.layers.housed_attention import HousedAttention, bias_of, mask_of
 from peft_vision.layers.router import (
     Anneal,
     QueryNorms,
@@ -135,7 +135,7 @@ class RoutedAttention(HousedAttention, Penalised, Routing):
         share = self.now()
         patches = x.shape[1] - first
         if not self.routing.routed or patches < 1 or (rows is not None and rows <= first):
-            seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., :rows, :]
+            seen = mask_of(mask, rows)
             done = branch_of(self.attention, self.parts, x, rope, rows=rows, attn_mask=seen)
             return done._replace(branch=unused(self.router, done.branch)) if learning else done
         by_head = self.routing.choice == "head"

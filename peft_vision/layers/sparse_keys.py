@@ -13,7 +13,7 @@ from peft_vision.errors import UnsupportedSite
 from peft_vision.layers.attention import Attended, attend, branch_of, finish, project
 from peft_vision.layers.attention_parts import AttentionParts
 from peft_vision.layers.chosen import mask_keys, rows_of
-from peft_vision.layers.housed_attention import HousedAttention, bias_of
+from peft_vision.layers.housed_attention import HousedAttention, bias_of, mask_of
 from peft_vision.layers.mask_predictor import MaskPredictor
 from peft_vision.layers.precision import in_full, wide
 from peft_vision.layers.router import Anneal, count_of, recomputing, unused
@@ -68,15 +68,13 @@ class SparseKeys(HousedAttention):
         patches = x.shape[1] - self.protect
         count = count_of(self.keep, patches) if patches > 0 else 0
         if 2 * (patches - count) <= self._queries(x.shape[1]) - 1:  # ranking would cost more
-            seen = mask if mask is None or mask.shape[-2] == 1 else mask[..., :rows, :]
+            seen = mask_of(mask, rows)
             return branch_of(self.attention, self.parts, x, rope, rows=rows, attn_mask=seen)
         q, k, v = project(self.attention, self.parts, x, rope)
         ranked = self._ranked(q, k, key_bias)[:, :, self.protect :]
         places = rows_of(ranked.topk(count, dim=-1, sorted=False).indices, self.protect)
         asked = q if rows is None else q[:, :, :rows]
-        if mask is not None and mask.shape[-2] != 1:
-            mask = mask[..., :rows, :]
-        heads = self._attended(asked, k, v, places, mask)
+        heads = self._attended(asked, k, v, places, mask_of(mask, rows))
         normed = x if rows is None else x[:, :rows]
         return Attended(finish(self.attention, self.parts, heads, normed), asked, k, v)
 
@@ -183,10 +181,9 @@ class SparseMask(HousedAttention, Penalised):
                 self._error = self._reconstruction(q, k)
         elif count < patches:
             mask = _both(self._hidden(q, k, count), mask)
-        if rows is not None and mask is not None and mask.shape[-2] != 1:
-            mask = mask[..., :rows, :]
         asked, normed = (q, x) if rows is None else (q[:, :, :rows], x[:, :rows])
-        heads = attend(self.attention, self.parts, asked, k, v, attn_mask=mask)
+        seen = mask_of(mask, rows)
+        heads = attend(self.attention, self.parts, asked, k, v, attn_mask=seen)
         branch = finish(self.attention, self.parts, heads, normed)
         if self._error is None and self.training and torch.is_grad_enabled():
             branch = unused(self.predictor, branch)

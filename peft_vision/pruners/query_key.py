@@ -46,10 +46,10 @@ class QueryKey(Method, FittedByBlock):
 
     multiple: int = 8
     """Heads stay a multiple of this wide (1 to 256), where they were: kernels are slower on odd
-    widths. Narrow heads: of a quarter of their width at most."""
+    widths. Narrow heads: of half of their width at most."""
 
     least: int = 8
-    """So many features of each head stay, at least 1; of narrow heads a quarter of them."""
+    """So many features of each head stay, at least 1; of narrow heads half of them."""
 
     stage: ClassVar[Stage] = Stage.QUERIES
     reduces: ClassVar[frozenset[str]] = frozenset({"flops", "params", "latency_ms"})
@@ -182,10 +182,10 @@ def _in_order(carried: Tensor, mates: Sequence[int] | None) -> tuple[Tensor, Ten
 
 def _steps(width: int, multiple: int, least: int, mates: Sequence[int] | None) -> list[int]:
     """Widths that a head may have, falling, from the one that it has."""
-    quarter = max(1, width // 4)
-    size = math.lcm(min(multiple, quarter), 1 if mates is None else 2)
+    half = max(1, width // 2)
+    size = math.lcm(min(multiple, half), 1 if mates is None else 2)
     first = (width - 1) // size * size
-    return [width, *(w for w in range(first, 0, -size) if w >= min(least, quarter))]
+    return [width, *(w for w in range(first, 0, -size) if w >= min(least, half))]
 
 
 def _packed(kept: Tensor, width: int) -> dict[str, Json]:
